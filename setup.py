@@ -1,0 +1,44 @@
+"""Package metadata. Tools are configured in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+extras = {
+    "test": ["pytest>=8", "hypothesis>=6.100", "pydicom>=3.0", "scikit-learn>=1.4", "tensorboard>=2.16", "ruff>=0.6"],
+    "eval": ["scikit-learn>=1.4", "torchvision"],
+    "dicom": ["pydicom>=3.0"],
+    "demo": ["gradio>=5"],
+}
+extras["dev"] = sorted(set(extras["test"] + extras["eval"]))
+
+setup(
+    name="dldm_pipeline",
+    version="0.1.0.dev0",
+    description="Aligned multi-modal brain-tumour MRI from a disentangled latent diffusion model, diffusers-style",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dldm_pipeline", "dldm_pipeline.*"]),
+    package_data={"dldm_pipeline": ["checkpoints/*/*", "checkpoints/*/*/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "diffusers>=0.36",
+        "accelerate>=1.0",
+        "transformers>=4.48",
+        "safetensors>=0.4.5",
+        "huggingface-hub>=0.30",
+        "datasets>=3.2",
+        "clean-fid>=0.1.35",
+        # Real volumes, and the atlas behind the simulated subjects.
+        "nibabel>=5.2",
+        "nilearn>=0.11",
+        "scipy>=1.11",
+        "pillow>=10",
+        "matplotlib>=3.8",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+    ],
+    extras_require=extras,
+)

@@ -1,0 +1,319 @@
+"""The disentangled autoencoder of DLDM: one structure latent for a subject, one style latent for each of its modalities.
+
+Source: Na et al., "Generation of Multi-modal Brain Tumor MRIs with Disentangled Latent Diffusion Model", MIDL 2023 (the
+n + 1 latents, pair decoding, style mixing and averaged loss). Encoding any subset of modalities and decoding the tumour mask
+from the structure are ours. This file imports torch and diffusers only: it is also published as remote code.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils import BaseOutput
+from torch import nn
+
+
+@dataclass
+class DisentangledEncoderOutput(BaseOutput):
+    """What `DisentangledAutoencoder.encode` returns.
+
+    Args:
+        structure_dist: posterior of `z_struct`, mode of shape (B, c_s, h, w): one for each subject, whatever was present.
+        style_dist: posterior of the n styles as one distribution over (B, n * c_t, h or 1, w or 1); use
+            `DisentangledEncoderOutput.style_mode()` / `.style_sample()` for the shape (B, n, c_t) or (B, n, c_t, h, w).
+    """
+
+    structure_dist: DiagonalGaussianDistribution
+    style_dist: "StyleDistribution"
+
+
+@dataclass
+class DisentangledDecoderOutput(BaseOutput):
+    """What `DisentangledAutoencoder.decode` returns.
+
+    Args:
+        sample: (B, k, H, W), one image for each of the k styles given, about [0, 1], not clamped.
+        mask: (B, H, W) logits of the tumour mask, from the structure alone; `mask > 0` is tumour.
+    """
+
+    sample: torch.Tensor
+    mask: torch.Tensor
+
+
+class StyleDistribution(DiagonalGaussianDistribution):
+    """A diagonal Gaussian over styles whose draws have the shape (B, n, c_t) or (B, n, c_t, h, w)."""
+
+    def __init__(self, parameters: torch.Tensor, num_modalities: int):
+        super().__init__(parameters)
+        self._style_shape = (parameters.shape[0] // num_modalities, num_modalities, parameters.shape[1] // 2)
+
+    def _reshape(self, z: torch.Tensor) -> torch.Tensor:
+        return z.reshape(*self._style_shape, *z.shape[2:])
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        return self._reshape(super().sample(generator))
+
+    def mode(self) -> torch.Tensor:
+        return self._reshape(super().mode())
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block; `condition` (N, d) or (N, d, h, w) shifts and scales it (FiLM, Perez et al. 2018)."""
+
+    def __init__(self, channels: int, condition_channels: int | None = None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.film = nn.Conv2d(condition_channels, 2 * channels, 1) if condition_channels else None
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h)
+        if self.film is not None:
+            scale, shift = self.film(condition).chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        return x + self.conv2(F.silu(h))
+
+
+class DisentangledAutoencoder(ModelMixin, ConfigMixin):
+    """Encodes aligned modalities of a subject into (z_struct, z_style_1..n) and decodes each pair (z_struct, z_style_m).
+
+    One encoder is shared by all modalities and told which one it sees. Its features are fused over the modalities present by
+    a learned weighting at every position, so that any non-empty subset gives a structure. Convolutions run at 1/4 and 1/8
+    of the image size: the image is patchified first (as in deep-compression autoencoders, Chen et al. 2024). The decoder's
+    trunk sees the structure alone and runs once a subject; a small head modulated by one style renders one image.
+
+    Args:
+        modalities: names of the n modalities, in the order of the images' second axis.
+        sample_size: height and width of the images in pixels; must divide by `2 * patch_size`.
+        patch_size: side of the patches that become channels; the latent grid is `sample_size / (2 * patch_size)`.
+        structure_channels: channels c_s of z_struct.
+        style_channels: channels c_t of each z_style.
+        style_type: "vector" for one style vector an image (it cannot carry anatomy), "map" for a style on the latent grid
+            (the paper's reading).
+        encoder_channels: widths of the encoder at 1/4 and 1/8 of the image size.
+        decoder_channels: widths of the decoder at 1/8 and 1/4 of the image size.
+        encoder_blocks, decoder_blocks: residual blocks on each grid of the encoder (each modality) and of the decoder's trunk.
+        head_channels, head_blocks: width and residual blocks of the part that runs once for each image.
+        structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
+            over the whole training set at the end of training; None until then.
+        style_shift, style_scale: c_t values, likewise.
+
+    Raises:
+        ValueError: on an unknown `style_type`, a size that does not divide, or empty or duplicate modality names.
+    """
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["ResBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        modalities: tuple[str, ...] = ("T1", "T2", "FLAIR", "WB", "BB"),
+        sample_size: int = 128,
+        patch_size: int = 4,
+        structure_channels: int = 16,
+        style_channels: int = 8,
+        style_type: str = "vector",
+        encoder_channels: tuple[int, int] = (32, 128),
+        encoder_blocks: int = 1,
+        decoder_channels: tuple[int, int] = (128, 64),
+        decoder_blocks: int = 2,
+        head_channels: int = 64,
+        head_blocks: int = 1,
+        structure_shift: list[float] | None = None,
+        structure_scale: list[float] | None = None,
+        style_shift: list[float] | None = None,
+        style_scale: list[float] | None = None,
+    ):
+        super().__init__()
+        if not modalities or len(set(modalities)) != len(modalities) or not all(isinstance(m, str) for m in modalities):
+            raise ValueError(f"`modalities` must be a non-empty list of different names, got {modalities!r}.")
+        if style_type not in ("vector", "map"):
+            raise ValueError(f"`style_type` must be 'vector' or 'map', got {style_type!r}.")
+        if sample_size % (2 * patch_size):
+            raise ValueError(
+                f"`sample_size` {sample_size} does not divide by 2 * `patch_size` = {2 * patch_size}; "
+                f"take {max(1, sample_size // (2 * patch_size)) * 2 * patch_size} or another `patch_size`."
+            )
+        n, patch_channels = len(modalities), patch_size**2
+        e0, e1 = encoder_channels
+        d1, d0 = decoder_channels
+
+        self.modality_embedding = nn.Embedding(n, e0)
+        self.encoder_in = nn.Conv2d(patch_channels, e0, 3, padding=1)
+        self.encoder_fine = nn.ModuleList(ResBlock(e0, e0) for _ in range(encoder_blocks))
+        self.encoder_down = nn.Conv2d(4 * e0, e1, 3, padding=1)
+        self.encoder_coarse = nn.ModuleList(ResBlock(e1, e0) for _ in range(encoder_blocks))
+        self.fusion_weight = nn.Conv2d(e1, e1, 1)
+        self.fusion = nn.ModuleList(ResBlock(e1) for _ in range(encoder_blocks))
+        self.structure_out = nn.Sequential(nn.GroupNorm(8, e1), nn.SiLU(), nn.Conv2d(e1, 2 * structure_channels, 1))
+        self.style_out = nn.Sequential(nn.Conv2d(e1, e1, 1), nn.SiLU(), nn.Conv2d(e1, 2 * style_channels, 1))
+
+        self.decoder_in = nn.Conv2d(structure_channels, d1, 3, padding=1)
+        self.decoder_coarse = nn.ModuleList(ResBlock(d1) for _ in range(decoder_blocks))
+        self.decoder_up = nn.Conv2d(d1, 4 * d0, 1)
+        self.decoder_fine = nn.ModuleList(ResBlock(d0) for _ in range(decoder_blocks))
+        self.style_in = nn.Sequential(nn.Conv2d(style_channels, d0, 1), nn.SiLU(), nn.Conv2d(d0, d0, 1), nn.SiLU())
+        self.head_in = nn.Conv2d(d0, head_channels, 1)
+        self.head_blocks = nn.ModuleList(ResBlock(head_channels, d0) for _ in range(head_blocks))
+        self.head_out = nn.Sequential(
+            nn.GroupNorm(8, head_channels), nn.SiLU(), nn.Conv2d(head_channels, patch_channels, 3, padding=1)
+        )
+        self.mask_out = nn.Sequential(
+            nn.GroupNorm(8, d0),
+            nn.SiLU(),
+            nn.Conv2d(d0, d0, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(d0, patch_channels, 3, padding=1),
+        )
+
+    @property
+    def num_modalities(self) -> int:
+        return len(self.config.modalities)
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of the latent grid."""
+        return self.config.sample_size // (2 * self.config.patch_size)
+
+    def encode(
+        self, images: torch.Tensor, present: torch.Tensor | None = None, return_dict: bool = True
+    ) -> DisentangledEncoderOutput | tuple:
+        """Encodes subjects of which any non-empty subset of modalities is present.
+
+        Args:
+            images: (B, n, H, W) in [0, 1]; what stands in place of a missing modality does not matter.
+            present: (B, n) bool, which modalities feed the structure; None for all of them.
+            return_dict: False returns the tuple `(structure_dist, style_dist)`.
+
+        Returns:
+            [`DisentangledEncoderOutput`]. Styles are given for every modality; that of a missing one means nothing.
+
+        Raises:
+            ValueError: on a wrong shape, or a subject of which nothing is present.
+        """
+        return self._encode(images, [present], return_dict)[0]
+
+    def _encode(self, images, presents, return_dict=True):
+        # Several subsets of the same images share the costly part; training asks for "all" and "some" at once.
+        size, n = self.config.sample_size, self.num_modalities
+        if images.ndim != 4 or images.shape[1:] != (n, size, size):
+            raise ValueError(
+                f"`images` must be (subjects, {n}, {size}, {size}) for the modalities {list(self.config.modalities)}, "
+                f"got {tuple(images.shape)}."
+            )
+        batch = images.shape[0]
+        condition = self.modality_embedding.weight.repeat(batch, 1)[:, :, None, None]
+        h = F.pixel_unshuffle(images.reshape(batch * n, 1, size, size), self.config.patch_size)
+        h = self.encoder_in(h)
+        for block in self.encoder_fine:
+            h = block(h, condition)
+        h = self.encoder_down(F.pixel_unshuffle(h, 2))
+        for block in self.encoder_coarse:
+            h = block(h, condition)
+
+        style = self.style_out(h if self.config.style_type == "map" else h.mean(dim=(2, 3), keepdim=True))
+        style_dist = StyleDistribution(
+            style if self.config.style_type == "map" else style[:, :, 0, 0], num_modalities=n
+        )
+        features = h.unflatten(0, (batch, n))
+        weight = self.fusion_weight(h).unflatten(0, (batch, n))
+        outputs = []
+        for present in presents:
+            w = weight
+            if present is not None:
+                if present.shape != (batch, n):
+                    raise ValueError(f"`present` must be (subjects, {n}) = ({batch}, {n}), got {tuple(present.shape)}.")
+                if not present.any(dim=1).all():
+                    raise ValueError("`present` has a subject without any modality; at least one must be present.")
+                w = w.masked_fill(~present[:, :, None, None, None], float("-inf"))
+            z = (w.softmax(dim=1) * features).sum(dim=1)
+            for block in self.fusion:
+                z = block(z)
+            structure_dist = DiagonalGaussianDistribution(self.structure_out(z))
+            output = DisentangledEncoderOutput(structure_dist=structure_dist, style_dist=style_dist)
+            outputs.append(output if return_dict else (structure_dist, style_dist))
+        return outputs
+
+    def decode(
+        self, z_struct: torch.Tensor, z_style: torch.Tensor, return_dict: bool = True
+    ) -> DisentangledDecoderOutput | tuple:
+        """Decodes each pair of a subject's structure and one of its k styles, and the tumour mask from the structure alone.
+
+        Args:
+            z_struct: (B, c_s, h, w).
+            z_style: (B, k, c_t), or (B, k, c_t, h, w) for `style_type="map"`; k may be any number.
+            return_dict: False returns the tuple `(sample, mask)`.
+
+        Returns:
+            [`DisentangledDecoderOutput`]. An image depends on nothing but its own pair.
+
+        Raises:
+            ValueError: on a wrong shape.
+        """
+        c_t, grid = self.config.style_channels, self.latent_size
+        style_shape = (c_t, grid, grid) if self.config.style_type == "map" else (c_t,)
+        if z_struct.ndim != 4 or z_struct.shape[1:] != (self.config.structure_channels, grid, grid):
+            expected = (self.config.structure_channels, grid, grid)
+            raise ValueError(f"`z_struct` must be (subjects, *{expected}), got {tuple(z_struct.shape)}.")
+        if z_style.shape[2:] != style_shape or z_style.shape[0] != z_struct.shape[0]:
+            raise ValueError(
+                f"`z_style` must be ({z_struct.shape[0]} subjects, k styles, *{style_shape}), got {tuple(z_style.shape)}."
+            )
+        batch, k = z_style.shape[:2]
+        h = self.decoder_in(z_struct)
+        for block in self.decoder_coarse:
+            h = block(h)
+        h = F.pixel_shuffle(self.decoder_up(h), 2)
+        for block in self.decoder_fine:
+            h = block(h)
+        mask = F.pixel_shuffle(self.mask_out(h), self.config.patch_size)[:, 0]
+
+        style = z_style.flatten(0, 1)
+        style = self.style_in(style if style.ndim == 4 else style[:, :, None, None])
+        if self.config.style_type == "map":
+            style = F.interpolate(style, scale_factor=2.0, mode="nearest")
+        h = self.head_in(h).repeat_interleave(k, dim=0)
+        for block in self.head_blocks:
+            h = block(h, style)
+        sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size).reshape(batch, k, *mask.shape[1:])
+        if not return_dict:
+            return sample, mask
+        return DisentangledDecoderOutput(sample=sample, mask=mask)
+
+    def forward(
+        self, images: torch.Tensor, present: torch.Tensor | None = None, return_dict: bool = True
+    ) -> DisentangledDecoderOutput | tuple:
+        """Rebuilds every modality and the mask from the posterior modes; shapes as in `encode` and `decode`."""
+        posterior = self.encode(images, present)
+        return self.decode(posterior.structure_dist.mode(), posterior.style_dist.mode(), return_dict=return_dict)
+
+    def normalize_structure(self, z: torch.Tensor) -> torch.Tensor:
+        """Structure (B, c_s, h, w) to the space of the diffusion model: zero mean, unit deviation a channel."""
+        return (z - self._channels("structure_shift", z, 1)) / self._channels("structure_scale", z, 1)
+
+    def denormalize_structure(self, z: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalize_structure`."""
+        return z * self._channels("structure_scale", z, 1) + self._channels("structure_shift", z, 1)
+
+    def normalize_style(self, z: torch.Tensor) -> torch.Tensor:
+        """Styles (B, k, c_t) or (B, k, c_t, h, w) to the space of the diffusion model."""
+        return (z - self._channels("style_shift", z, 2)) / self._channels("style_scale", z, 2)
+
+    def denormalize_style(self, z: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalize_style`."""
+        return z * self._channels("style_scale", z, 2) + self._channels("style_shift", z, 2)
+
+    def _channels(self, name: str, z: torch.Tensor, axis: int) -> torch.Tensor:
+        values = self.config[name]
+        if values is None:
+            values = [0.0 if name.endswith("shift") else 1.0] * z.shape[axis]
+        return torch.tensor(values, dtype=z.dtype, device=z.device).view([-1] + [1] * (z.ndim - axis - 1))

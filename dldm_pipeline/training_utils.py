@@ -1,0 +1,688 @@
+"""What the two training scripts share: arguments and presets, the clock, checkpoints, cards and the default data.
+
+Plain functions and one small class. The scripts keep their own loops, so each can be read from top to bottom.
+"""
+
+import argparse
+import difflib
+import importlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from dldm_pipeline.modalities import DEFAULT_MODALITIES
+
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, and which knows where the presets of its script are.
+
+    Args:
+        presets: folder with the YAML presets, so that `--config ldm_tiny` is enough.
+        default_config: preset used without `--config`; `None` for none.
+    """
+
+    def __init__(self, *args, presets: Path, default_config: str | None = None, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.presets = Path(presets)
+        names = ", ".join(sorted(path.stem for path in self.presets.glob("*.yaml"))) or "none"
+        self.add_argument(
+            "--config",
+            default=default_config,
+            help=f"YAML file of arguments, or the name of a preset ({names}). The command line overrides it.",
+        )
+
+    def error(self, message: str):
+        """Print one line, without the usage block, and exit with status 2."""
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments both scripts have, under the names of diffusers' training examples.
+
+    Scripts change defaults with `parser.set_defaults`, presets by YAML.
+    """
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset", help="folder written by training/prepare_dataset.py; by default simulated subjects are used"
+    )
+    data.add_argument("--resolution", type=_positive(int), default=128, help="image height and width, pixels")
+    data.add_argument(
+        "--phantom_subjects", type=_positive(int), default=2000, help="simulated subjects, made once, without --dataset"
+    )
+    data.add_argument("--dataloader_num_workers", type=_at_least_zero(int), default=0, help="0 loads in this process")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default="outputs/model", help="the trained model and its checkpoints go here")
+    run.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
+    run.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="without it, what `accelerate config` says; 'no' is fastest on most processors",
+    )
+    run.add_argument("--report_to", choices=TRACKERS, default="none", help="tracker for losses and pictures")
+    run.add_argument(
+        "--validation_steps", type=_at_least_zero(int), default=1000, help="pictures and figures every N steps; 0: end"
+    )
+    run.add_argument(
+        "--checkpointing_steps", type=_at_least_zero(int), default=1000, help="checkpoint every N steps; 0: none"
+    )
+    run.add_argument("--checkpoints_total_limit", type=_positive(int), default=2, help="older checkpoints are deleted")
+    run.add_argument("--resume_from_checkpoint", help="'latest', or a checkpoint folder")
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--train_batch_size", type=_positive(int), default=32, help="per process")
+    optim.add_argument("--gradient_accumulation_steps", type=_positive(int), default=1, help="batches per step")
+    optim.add_argument("--learning_rate", type=_positive(float), default=3e-4, help="after warm-up")
+    optim.add_argument("--lr_scheduler", choices=["cosine", "constant"], default="cosine", help="after warm-up")
+    optim.add_argument("--lr_warmup_steps", type=_at_least_zero(int), default=200, help="steps from 0 to the full rate")
+    optim.add_argument("--max_train_steps", type=_positive(int), default=20000, help="stop after N steps")
+    optim.add_argument(
+        "--max_train_minutes",
+        type=_positive(float),
+        help="stop by the clock, if that comes first; the learning rate falls in time for it",
+    )
+    optim.add_argument("--max_grad_norm", type=_positive(float), default=1.0, help="gradients are clipped to this")
+    optim.add_argument(
+        "--use_ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights over steps"
+    )
+    optim.add_argument("--ema_decay", type=_positive(float), default=0.9995, help="decay of that average, at most")
+
+    hub = parser.add_argument_group("sharing")
+    hub.add_argument(
+        "--push_to_hub", action=argparse.BooleanOptionalAction, default=False, help="upload the result to the Hub"
+    )
+    hub.add_argument("--hub_model_id", help="repository to upload to; by default the name of --output_dir")
+    hub.add_argument("--hub_token", help="token with write access; by default the one you logged in with")
+
+
+def parse_args(parser: TrainingParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line over the YAML preset named by `--config`.
+
+    The preset's keys are the long argument names without dashes. It is turned into command-line words in front of the
+    real ones, so that its values are checked the same way and the command line wins. Errors exit with status 2.
+
+    Args:
+        parser: with all arguments of the script.
+        argv: words of the command line; by default `sys.argv[1:]`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=parser.get_default("config"))
+    if "-h" in argv or "--help" in argv:
+        parser.parse_args(["--help"])
+    config = finder.parse_known_args(argv)[0].config
+    preset = [] if config is None else _preset_words(parser, config)
+    args = parser.parse_args(preset + argv)
+    if args.use_ema and not 0 < args.ema_decay < 1:
+        parser.error(f"argument --ema_decay: {args.ema_decay} is not between 0 and 1")
+    return args
+
+
+def _preset_words(parser: TrainingParser, config: str) -> list[str]:
+    """Read a preset and return it as command-line words."""
+    path = Path(config)
+    if not path.suffix and not path.exists():
+        path = parser.presets / f"{config}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in parser.presets.glob("*.yaml")))
+        parser.error(f"argument --config: no such file: {config}; presets are {names}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"argument --config: {path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        parser.error(f"argument --config: {path} must hold `name: value` lines, not a {type(values).__name__}")
+
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    words = []
+    for key, value in values.items():
+        if key not in actions:
+            close = difflib.get_close_matches(str(key), actions, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            parser.error(f"argument --config: unknown key '{key}' in {path}{hint}")
+        if value is None:
+            continue
+        if isinstance(actions[key], argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                parser.error(f"argument --config: '{key}' in {path} must be true or false, not {value!r}")
+            words.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def _positive(kind: type) -> Callable[[str], int | float]:
+    """An argparse type: a finite number above zero."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def _at_least_zero(kind: type) -> Callable[[str], int | float]:
+    """An argparse type: a finite number, zero allowed."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not 0 <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is below zero")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Print bad input or a failing disk as one `error:` line to stderr and exit with status 2, without a traceback.
+
+    Set `DLDM_DEBUG=1` to see the traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError) as error:
+        if os.environ.get("DLDM_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_output_dir(path: str | Path) -> Path:
+    """Create a folder and make sure that it can be written to.
+
+    Raises:
+        OSError: it is a file, or cannot be created or written; the message names it.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--output_dir {path}: cannot write here ({error.strerror}); choose another folder") from error
+    return path
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Build the `Accelerator` for the parsed arguments: precision, accumulation, tracker, project folders, seed.
+
+    Raises:
+        ValueError: the tracker's package is not installed.
+    """
+    if args.report_to != "none":
+        try:
+            importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(args.report_to, args.report_to))
+        except ImportError as error:
+            raise ValueError(f"--report_to {args.report_to}: not installed; pip install {args.report_to}") from error
+    output_dir = make_output_dir(args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    # Each process draws its own noise and timesteps.
+    set_seed(args.seed, device_specific=accelerator.num_processes > 1)
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, project: str, args: argparse.Namespace) -> None:
+    """Start the tracker with the run's arguments; secrets and values it cannot show are left out."""
+    config = {key: value for key, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
+    config.pop("hub_token", None)
+    accelerator.init_trackers(project, config=config)
+
+
+def log_image(accelerator: Accelerator, name: str, image: Any, step: int) -> None:
+    """Send one picture to the tracker, whichever it is.
+
+    Args:
+        image: a PIL image, or a uint8 array (H, W, 3).
+    """
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image(
+                name, np.asarray(image.convert("RGB") if hasattr(image, "convert") else image), step, dataformats="HWC"
+            )
+        elif tracker.name in ("wandb", "trackio"):
+            module = importlib.import_module(tracker.name)
+            tracker.log({name: module.Image(image)}, step=step)
+
+
+def phantom_dataset(
+    num_subjects: int = 2000,
+    size: int = 128,
+    modalities: Sequence[str] = DEFAULT_MODALITIES,
+    seed: int = 0,
+    root: str | Path = "data",
+    num_workers: int | None = None,
+    show_progress: bool = True,
+) -> Path:
+    """Return the folder of simulated subjects, simulating them first if it is not there yet.
+
+    The folder is `root/phantom-{size}-{num_subjects}`, with other modalities and seeds in its name when they are not
+    the default. It is complete or absent: an interrupted simulation leaves nothing that is taken for a data set.
+
+    Args:
+        num_subjects: subjects, one slice each; one in five is held out for validation.
+        size: image height and width, pixels.
+        modalities: names, in order.
+        seed: the same seed gives the same subjects.
+        root: where such folders are kept.
+        num_workers: processes; by default one per core.
+    """
+    from dldm_pipeline.data.phantom import phantom_rows
+    from dldm_pipeline.data.slices import write_slices
+
+    name = f"phantom-{size}-{num_subjects}"
+    if tuple(modalities) != tuple(DEFAULT_MODALITIES):
+        name += "-" + "-".join(modalities)
+    if seed:
+        name += f"-seed{seed}"
+    folder = Path(root) / name
+    if not folder.is_dir():
+        workers = num_workers or os.cpu_count()
+        rows = phantom_rows(num_subjects, size=size, seed=seed, modalities=tuple(modalities), num_workers=workers)
+        rows = tqdm(rows, total=num_subjects, desc="simulating subjects", unit="subject", disable=not show_progress)
+        write_slices(rows, folder, tuple(modalities), seed=seed)
+    return folder
+
+
+def find_dataset(accelerator: Accelerator, args: argparse.Namespace, modalities: Sequence[str] | None = None) -> Path:
+    """Return the folder named by `--dataset`, or the simulated default, made on the main process first.
+
+    Args:
+        modalities: what to simulate without `--dataset`; the five defaults by default.
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no parquet files.
+    """
+    if args.dataset is None:
+        with accelerator.main_process_first():
+            return phantom_dataset(
+                args.phantom_subjects,
+                args.resolution,
+                modalities or DEFAULT_MODALITIES,
+                show_progress=accelerator.is_main_process,
+            )
+    folder = Path(args.dataset)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--dataset {folder}: no such folder; make one with training/prepare_dataset.py")
+    if not any(folder.rglob("*.parquet")):
+        raise FileNotFoundError(f"--dataset {folder}: holds no parquet files; make it with training/prepare_dataset.py")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clock and learning rate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingClock:
+    """Counts optimizer steps and minutes, says when to stop, and moves the learning rates.
+
+    Training ends at `max_train_steps` or `max_train_minutes`, whichever comes first, and `progress` in [0, 1] follows
+    the one that is nearer to its end. A learning-rate schedule from diffusers is moved to the place that `progress`
+    says, so that it reaches its end also when time runs out first. Minutes of earlier, resumed runs count.
+
+    Args:
+        max_train_steps: optimizer steps.
+        max_train_minutes: wall-clock minutes, or `None`.
+        accelerator: with more than one process, the main process's clock is everybody's.
+    """
+
+    def __init__(self, max_train_steps: int, max_train_minutes: float | None = None, accelerator: Accelerator = None):
+        self.step = 0
+        self.max_train_steps = max_train_steps
+        self.max_train_seconds = max_train_minutes * 60 if max_train_minutes else None
+        self.accelerator = accelerator
+        self.progress = 0.0
+        self._schedules = []
+        self._started = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock was made, plus those of the runs this one goes on from."""
+        return time.monotonic() - self._started
+
+    @property
+    def done(self) -> bool:
+        """Whether to stop."""
+        return self.progress >= 1
+
+    def add_schedule(self, optimizer: torch.optim.Optimizer, name: str, num_warmup_steps: int) -> None:
+        """Let the clock drive the learning rate of an optimizer.
+
+        Args:
+            optimizer: as it was before `accelerator.prepare`, or after.
+            name: "cosine" or "constant"; both begin with the warm-up.
+            num_warmup_steps: optimizer steps of linear warm-up.
+        """
+        name = "constant_with_warmup" if name == "constant" else name
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        schedule = get_scheduler(
+            name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=self.max_train_steps
+        )
+        self._schedules.append((schedule, num_warmup_steps))
+
+    def start(self) -> None:
+        """Begin to count now, so that loading data is not counted."""
+        self._started = time.monotonic()
+
+    def tick(self) -> None:
+        """Count one optimizer step that was just made."""
+        self.step += 1
+        self._update()
+
+    def _update(self) -> None:
+        self.progress = self.step / self.max_train_steps
+        if self.max_train_seconds is not None:
+            by_time = self.elapsed / self.max_train_seconds
+            if self.accelerator is not None and self.accelerator.num_processes > 1:
+                by_time = broadcast(torch.tensor(by_time, device=self.accelerator.device)).item()
+            self.progress = max(self.progress, by_time)
+        place = int(min(self.progress, 1) * self.max_train_steps)
+        for schedule, num_warmup_steps in self._schedules:
+            # A schedule is moved to a place by setting the place before it: `step` then computes the next one.
+            schedule.last_epoch = (self.step if self.step < num_warmup_steps else max(place, self.step)) - 1
+            # The loop already stepped the optimizer; under accumulation torch cannot see that and would warn.
+            schedule._step_count = 2
+            schedule.step()
+
+    def state_dict(self) -> dict[str, float]:
+        """Step and seconds so far."""
+        return {"step": self.step, "seconds": self.elapsed}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from `state_dict`."""
+        self.step = int(state["step"])
+        self._started = time.monotonic() - state["seconds"]
+        self._update()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averaged weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_ema(model: torch.nn.Module, args: argparse.Namespace) -> EMAModel | None:
+    """Averaged weights of a model as `--use_ema` and `--ema_decay` say; `None` without `--use_ema`.
+
+    The average covers parameters, not buffers: it fits models whose buffers do not change in training.
+    """
+    if not args.use_ema:
+        return None
+    return EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
+
+
+@contextmanager
+def averaged_weights(model: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Give `model` the averaged weights inside the block, and its own afterwards. With `ema=None` nothing happens."""
+    if ema is None:
+        yield
+        return
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    clock: TrainingClock,
+    ema: EMAModel | None = None,
+    total_limit: int | None = None,
+) -> Path:
+    """Write `output_dir/checkpoint-{step}`, then delete the oldest ones beyond `total_limit`.
+
+    Everything given to `accelerator.prepare` is saved by `accelerator.save_state` (weights as safetensors), the
+    averaged weights as `ema.safetensors`, and the clock as `training_state.json`. The folder is written under another
+    name and renamed, so that a checkpoint is complete or absent. Call it on every process.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: the disk is full or cannot be written; what was there before stays.
+    """
+    output_dir = Path(output_dir)
+    final, temporary = output_dir / f"checkpoint-{clock.step}", output_dir / f".checkpoint-{clock.step}.tmp"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            state = clock.state_dict()
+            if ema is not None:
+                tensors = {f"{i:04d}": tensor.contiguous() for i, tensor in enumerate(ema.shadow_params)}
+                save_file(tensors, temporary / "ema.safetensors")
+                state["ema_step"] = ema.optimization_step
+            (temporary / "training_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.replace(final)
+            if total_limit is not None:
+                for old in list_checkpoints(output_dir)[:-total_limit]:
+                    shutil.rmtree(old)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a full disk as RuntimeError, safetensors as its own.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"--output_dir {output_dir}: could not write {final.name}: {error}") from error
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(
+    accelerator: Accelerator, output_dir: str | Path, which: str, clock: TrainingClock, ema: EMAModel | None = None
+) -> Path | None:
+    """Go on from a checkpoint: models, optimizers, random state, averaged weights and clock.
+
+    Args:
+        which: "latest" in `output_dir`, or a checkpoint's folder.
+
+    Returns:
+        The checkpoint's folder, or `None` when "latest" finds none: the run then starts at its beginning.
+
+    Raises:
+        FileNotFoundError: the named folder is no checkpoint.
+        ValueError: its weights do not fit this model.
+    """
+    if which == "latest":
+        found = list_checkpoints(output_dir)
+        if not found:
+            accelerator.print(f"no checkpoint in {output_dir} yet: starting from step 0")
+            return None
+        folder = found[-1]
+    else:
+        folder = Path(which)
+        if not (folder / "training_state.json").is_file():
+            raise FileNotFoundError(
+                f"--resume_from_checkpoint {which}: no training_state.json there; give 'latest' "
+                "or a checkpoint-N folder"
+            )
+    try:
+        accelerator.load_state(str(folder))
+        state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+        if ema is not None:
+            if not (folder / "ema.safetensors").is_file():
+                raise ValueError("it was saved without averaged weights; add --no-use_ema")
+            saved = [tensor for _, tensor in sorted(load_file(folder / "ema.safetensors").items())]
+            if [t.shape for t in saved] != [t.shape for t in ema.shadow_params]:
+                raise ValueError("its averaged weights have other shapes")
+            ema.shadow_params = [t.to(old.device, old.dtype) for t, old in zip(saved, ema.shadow_params, strict=True)]
+            ema.optimization_step = int(state["ema_step"])
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--resume_from_checkpoint {folder}: does not fit this run ({reason}); use the same preset, or a new "
+            "--output_dir"
+        ) from error
+    clock.load_state_dict(state)
+    accelerator.print(f"resumed from {folder} at step {clock.step}")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_pretrained(save: Callable[[Path], None], folder: str | Path) -> None:
+    """Write a `save_pretrained` folder under another name first, then move its entries into `folder`.
+
+    Args:
+        save: called with the temporary folder, e.g. `pipeline.save_pretrained`.
+        folder: the final place; other files in it (checkpoints, logs) stay.
+
+    Raises:
+        OSError: the disk is full or cannot be written; what was in `folder` before stays.
+    """
+    folder = Path(folder)
+    temporary = folder / f".saving-{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        save(temporary)
+        for entry in sorted(temporary.iterdir()):
+            target = folder / entry.name
+            if entry.is_dir() and target.is_dir():
+                shutil.rmtree(target)
+            entry.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"--output_dir {folder}: could not write the model: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_model_card(
+    folder: str | Path,
+    title: str,
+    description: str,
+    figures: dict[str, float | int | str],
+    training: dict[str, Any],
+    images: dict[str, str] | None = None,
+    tags: Sequence[str] = (),
+    library_name: str = "diffusers",
+) -> Path:
+    """Write `README.md`, the model card of a folder, with intended use and limits.
+
+    Args:
+        folder: the model's folder.
+        title: first heading.
+        description: Markdown, what it is and what it was trained on.
+        figures: measured on held-out subjects; name to value.
+        training: arguments worth knowing; name to value.
+        images: caption to file name inside `folder`.
+        tags: added to the common ones.
+
+    Returns:
+        The file.
+    """
+    data = ModelCardData(
+        license="apache-2.0", library_name=library_name, tags=["medical", "mri", "brain", "synthetic-data", *tags]
+    )
+    lines = ["---", data.to_yaml(), "---", "", f"# {title}", "", description.strip(), ""]
+    for caption, name in (images or {}).items():
+        lines += [f"![{caption}]({name})", "", f"*{caption}*", ""]
+    if figures:
+        lines += ["## Figures on held-out subjects", "", "| figure | value |", "|---|---|"]
+        lines += [f"| {key} | {_show(value)} |" for key, value in figures.items()] + [""]
+    lines += ["## Training", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {key} | {_show(value)} |" for key, value in training.items() if value is not None] + [""]
+    lines += [
+        "## Intended use and limits",
+        "",
+        "Research: augmentation, method development, teaching. The images are synthetic and mark no real patient. "
+        "**Not for diagnosis**, nor for any other clinical decision. The model shows what its training data show: "
+        "their scanners, their populations, their lesions, and their biases. Check what you generate before you train "
+        "on it.",
+        "",
+    ]
+    path, temporary = Path(folder) / "README.md", Path(folder) / ".README.md.tmp"
+    temporary.write_text(str(ModelCard("\n".join(lines))), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def push_folder(folder: str | Path, args: argparse.Namespace) -> str:
+    """Upload a finished model folder to the Hub as `--hub_model_id` says, without checkpoints and logs.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        OSError: the upload failed; the local folder is complete and can be pushed later.
+    """
+    folder = Path(folder)
+    api = HfApi(token=args.hub_token)
+    try:
+        repo_id = api.create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="End of training",
+            ignore_patterns=["checkpoint-*", "logs/*", ".*", "validation/*"],
+        )
+    except Exception as error:  # any of the Hub's or the network's: the training itself is not lost
+        raise OSError(f"--push_to_hub: upload failed, the model is safe in {folder}: {error}") from error
+    return str(commit.commit_url if hasattr(commit, "commit_url") else commit)

@@ -1,0 +1,491 @@
+"""Simulated brain-metastasis subjects: one axial slice, five aligned contrasts, the tumour mask and the truth behind them.
+
+Anatomy: the grey matter, white matter and T1 maps of the ICBM 2009a nonlinear symmetric atlas, which nilearn ships and
+loads offline. The maps are averages of 152 brains and therefore blurred; they are sharpened here, then tilted, bent by a
+smooth diffeomorphism and given one to five metastases with oedema, and vessels. Contrast: the MR signal equations.
+
+Atlas licence: "Copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute,
+McGill University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose and
+without fee is hereby granted, provided that the above copyright notice appear in all copies." Cite Fonov et al.,
+NeuroImage 54 (2011) 313, doi 10.1016/j.neuroimage.2010.07.033. No atlas file is copied into this package.
+
+Tissue values (3 T): Wansapura et al., JMRI 9 (1999) 531 (white and grey matter); Stanisz et al., MRM 54 (2005) 507;
+Lu et al., MRM 52 (2004) 679 (blood); Lin et al., JMRI 13 (2001) 114 and Rooney et al., MRM 57 (2007) 308 (cerebrospinal
+fluid); Rohrer et al., Invest. Radiol. 40 (2005) 715 (relaxivity of contrast agents); signal equations: Bernstein, King and
+Zhou, Handbook of MRI Pulse Sequences (2004). Oedema and tumour lie in the range of the clinical literature, which is wide.
+"""
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy import ndimage
+
+from dldm_pipeline.modalities import DEFAULT_MODALITIES
+
+TISSUES = ("white", "grey", "csf", "vessel", "oedema", "enhancing", "necrosis")
+
+# T1 and T2 in ms, relative proton density, and contrast agent taken up (mmol/l) some minutes after injection.
+TISSUE_VALUES = {
+    "white": (840.0, 76.0, 0.70, 0.01),
+    "grey": (1380.0, 98.0, 0.82, 0.03),
+    "csf": (4200.0, 1700.0, 1.00, 0.0),
+    "vessel": (1800.0, 90.0, 0.85, 0.65),
+    "oedema": (1450.0, 180.0, 0.87, 0.02),
+    "enhancing": (1400.0, 125.0, 0.85, 0.36),
+    "necrosis": (2000.0, 260.0, 0.93, 0.05),
+}
+RELAXIVITY_R1, RELAXIVITY_R2 = 4.5, 5.5  # per second and mmol/l, gadolinium chelates at 3 T
+
+# Times in ms, flip angle in degrees. `flow` is the part of the blood signal that survives (spin echo: outflow; black blood:
+# flow-sensitive dephasing). `headroom`: top of the window over the brightest healthy tissue, as whole-volume percentiles
+# give it: in T1 and T2 white matter or fluid sets the top, in the others vessels and lesions do.
+SEQUENCES = {
+    "T1": dict(kind="spin echo", TR=520.0, TE=10.0, contrast=False, flow=0.45, headroom=1.12),
+    "T2": dict(kind="spin echo", TR=4800.0, TE=100.0, contrast=False, flow=0.15, headroom=1.0),
+    "FLAIR": dict(kind="inversion recovery", TR=9000.0, TE=115.0, TI=2500.0, contrast=False, flow=0.15, headroom=1.75),
+    "WB": dict(kind="gradient echo", TR=8.0, TE=3.0, flip=14.0, contrast=True, flow=1.0, headroom=1.95),
+    "BB": dict(kind="spin echo", TR=560.0, TE=14.0, contrast=True, flow=0.04, headroom=1.85),
+}
+
+_Z_RANGE = (-45.0, 75.0)  # mm of atlas kept, more than any tilted slice needs
+_SUPERSAMPLED = (
+    256  # anatomy is computed on about this many pixels, then averaged down: anti-aliased, same at every size
+)
+_SCOUT = 64  # pixels of the coarse look that finds the brain and places lesions
+
+
+@dataclass
+class PhantomSubject:
+    """One simulated subject.
+
+    Attributes:
+        images: (n, H, W) float32 in [0, 1], one per modality, background exactly 0.
+        mask: (H, W) uint8 in {0, 1}, tumour core (enhancing and necrotic, not oedema); never empty.
+        tissues: name in `TISSUES` -> (H, W) float32 partial-volume fraction in [0, 1]; they sum to 1 inside the brain.
+        factors: name -> number drawn for this subject (level and angles, tissue values, sequence timings, lesions, ...).
+        modalities: names of the images, in order.
+        pixel_spacing: (row, column) in mm.
+    """
+
+    images: np.ndarray
+    mask: np.ndarray
+    tissues: dict[str, np.ndarray]
+    factors: dict[str, float]
+    modalities: tuple[str, ...]
+    pixel_spacing: tuple[float, float]
+
+
+def simulate_subject(
+    seed: int | Sequence[int], size: int = 128, modalities: Sequence[str] = DEFAULT_MODALITIES
+) -> PhantomSubject:
+    """Simulates one subject; the same seed gives the same subject, and the same anatomy at every size.
+
+    Args:
+        seed: non-negative integer, or a sequence of them.
+        size: height and width of the images in pixels, 32 to 1024.
+        modalities: names out of `SEQUENCES`, in the order wanted. An image does not depend on which others are asked for.
+
+    Raises:
+        ValueError: a size or modality that cannot be simulated.
+    """
+    modalities = tuple(modalities)
+    _check(size, modalities)
+    # Streams of their own for anatomy, acquisition and noise, so that one does not shift with the other's draws.
+    anatomy, acquisition, *noise = (
+        np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2 + len(SEQUENCES))
+    )
+    factors = {}
+    tissues, textures, pixel_spacing = _draw_anatomy(anatomy, size, factors)
+    brain = sum(tissues.values())
+    inside = brain >= 0.5
+    for name in tissues:
+        tissues[name] *= inside
+    mask = ((tissues["enhancing"] + tissues["necrosis"] >= 0.5 * brain) & inside).astype(np.uint8)
+
+    values = _draw_tissue_values(acquisition, factors)
+    coil = _smooth_field(acquisition.normal(size=(6, 6)), *[np.linspace(1, 4, size)] * 2)
+    images = []
+    for name, noise_rng in zip(SEQUENCES, noise, strict=True):
+        # Draw for every sequence, wanted or not: the order of the draws must not depend on the choice.
+        sequence = _draw_sequence(acquisition, name, factors)
+        own = _smooth_field(acquisition.normal(size=(6, 6)), *[np.linspace(1, 4, size)] * 2)
+        if name not in modalities:
+            continue
+        signals = {tissue: _signal(sequence, tissue, *values[tissue]) for tissue in TISSUES}
+        image = sum(np.float32(signals[t]) * tissues[t] * textures.get(t, 1) for t in TISSUES)
+        if name in ("T2", "FLAIR"):  # iron in the deep grey nuclei shortens T2
+            image -= np.float32(0.16 * signals["grey"]) * tissues["grey"] * textures["iron"]
+        image *= 1 + np.clip(0.035 * coil + 0.01 * own, -0.12, 0.12)
+        healthy = [signals[t] for t in ("white", "grey", "csf")]
+        low, high = 0.6 * min(healthy), sequence["headroom"] * max(healthy)
+        sigma = factors["noise"] * (high - low)
+        gauss = noise_rng.standard_normal((2, size, size), dtype=np.float32) * np.float32(sigma)
+        image = np.hypot(image + gauss[0], gauss[1])  # magnitude of a noisy complex signal: Rician
+        images.append(np.clip((image - low) / (high - low), 0, 1) * inside)
+    order = [name for name in SEQUENCES if name in modalities]
+    images = np.stack([images[order.index(name)] for name in modalities]).astype(np.float32)
+    return PhantomSubject(images, mask, tissues, factors, modalities, pixel_spacing)
+
+
+def phantom_rows(
+    num_subjects: int,
+    size: int = 128,
+    seed: int = 0,
+    modalities: Sequence[str] = DEFAULT_MODALITIES,
+    num_workers: int = 0,
+) -> Iterator[dict]:
+    """Yields rows for `dldm_pipeline.data.slices.write_slices`, one subject at a time and in order.
+
+    Subject i is drawn from (seed, i), whatever the number of subjects or workers.
+
+    Args:
+        num_subjects: at least 1.
+        size, modalities: as in `simulate_subject`.
+        seed: non-negative integer.
+        num_workers: processes; 0 or 1 works in this one.
+    """
+    modalities = tuple(modalities)
+    _check(size, modalities)
+    if num_subjects < 1:
+        raise ValueError(f"num_subjects is {num_subjects}; ask for at least 1 simulated subject.")
+    jobs = ((seed, index, size, modalities) for index in range(num_subjects))
+    if num_workers <= 1:
+        yield from map(_row, jobs)
+        return
+    load_atlas()  # forked workers then share it
+    with multiprocessing.Pool(num_workers) as pool:
+        yield from pool.imap(_row, jobs, chunksize=4)
+
+
+def _row(job: tuple) -> dict:
+    seed, index, size, modalities = job
+    subject = simulate_subject((seed, index), size, modalities)
+    return {
+        "subject": f"phantom-{index:06d}",
+        "slice_index": 0,
+        **dict(zip(modalities, subject.images, strict=True)),
+        "mask": subject.mask,
+        "source": "phantom",
+        "pixel_spacing": subject.pixel_spacing,
+    }
+
+
+def _check(size: int, modalities: tuple[str, ...]) -> None:
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 32 <= size <= 1024:
+        raise ValueError(f"size is {size!r}; give a whole number of pixels from 32 to 1024, such as 64, 128 or 256.")
+    if not modalities:
+        raise ValueError(f"modalities is empty; name at least one of {', '.join(SEQUENCES)}.")
+    for name in modalities:
+        if name not in SEQUENCES:
+            raise ValueError(
+                f"modalities names {name!r}, which cannot be simulated; choose from {', '.join(SEQUENCES)}."
+            )
+    if len(set(modalities)) < len(modalities):
+        raise ValueError(f"modalities names one twice: {', '.join(modalities)}; name each once.")
+
+
+@lru_cache(maxsize=1)
+def load_atlas() -> tuple[np.ndarray, np.ndarray]:
+    """Sharpened atlas, computed once per process (about 4 s).
+
+    Returns:
+        maps: (3, X, Y, Z) float32 at 1 mm: fluid and white matter, both as signed evidence (positive inside, about one unit
+            at 1 mm from the border), and depth below the brain's surface in mm (negative outside).
+        origin: (3,) MNI coordinates in mm of voxel (0, 0, 0).
+    """
+    from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template  # slow import
+
+    template = load_mni152_template(resolution=1)
+    origin = template.affine[:3, 3].copy()
+    keep = slice(int(_Z_RANGE[0] - origin[2]), int(_Z_RANGE[1] - origin[2]))
+    origin[2] = _Z_RANGE[0]
+    t1, grey, white = (
+        image.get_fdata(dtype=np.float32)[:, :, keep]
+        for image in (template, load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1))
+    )
+
+    # The brain with its sulci closed and a thin film of fluid around it, as skull stripping leaves it.
+    brain = ndimage.binary_closing(t1 > 0, iterations=4)
+    brain = ndimage.gaussian_filter(brain.astype(np.float32), 2.0) > 0.45
+    depth = ndimage.distance_transform_edt(brain) - ndimage.distance_transform_edt(~brain)
+    depth = ndimage.gaussian_filter(depth.astype(np.float32), 1.0)
+
+    # The class maps hardly know the narrow sulci; the T1 average does, once its blur is undone (unsharp mask).
+    filled = np.where(t1 > 0, t1, 0.35)
+    sharp = filled + 1.6 * (filled - ndimage.gaussian_filter(filled, 2.0))
+    fluid = np.maximum((0.56 - sharp) / 0.10, 4 * (0.5 - (grey + white)))
+    fluid = np.maximum(fluid, (1.0 - depth) * 1.0)
+
+    # Between ventricle and white matter the blur passes through grey: a rim that no brain has. Opening takes the rim
+    # away and leaves the nuclei, which are thick; near the ventricles only, for the cortex is thin too.
+    ventricle = ndimage.binary_opening((grey + white < 0.5) & (depth > 18), iterations=1)
+    near = ndimage.distance_transform_edt(~ventricle) < 5
+    opened = ndimage.grey_opening(grey, size=(4, 4, 4))
+    white = np.where(near, white + (grey - opened), white)
+    grey = np.where(near, opened, grey)
+    ratio = white / (white + grey + 1e-3)
+    ratio = ratio + 1.0 * (ratio - ndimage.gaussian_filter(ratio, 2.0))
+    matter = (ratio - 0.5) / 0.22
+    maps = np.stack([np.clip(fluid, -4, 4), np.clip(matter, -4, 4), depth]).astype(np.float32)
+    return maps, origin
+
+
+def _draw_anatomy(
+    rng: np.random.Generator, size: int, factors: dict
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], tuple[float, float]]:
+    """Tissue fractions and smooth within-tissue variation, both (size, size), and the pixel spacing."""
+    level, tilt_x, tilt_y = rng.uniform(-4, 48), rng.normal(0, 5), rng.normal(0, 2.5)
+    turn, aspect = rng.normal(0, 3), rng.normal(1, 0.035)
+    flip, fill = rng.choice([-1.0, 1.0]), rng.uniform(0.86, 0.90)
+    fluid_bias, white_bias = rng.normal(-0.7, 0.35), rng.normal(-0.35, 0.2)
+    warp = rng.normal(size=(3, 12, 12)) * np.array([2.6, 2.6, 3.5])[:, None, None]
+    factors.update(
+        level_mm=level, tilt_x_deg=tilt_x, tilt_y_deg=tilt_y, turn_deg=turn, aspect=aspect, flipped=float(flip < 0),
+        fluid_bias=fluid_bias, white_bias=white_bias,
+    )  # fmt: skip
+    warp *= _unfolding(warp)
+    fine = rng.normal(size=(4, 60, 60))
+    maps, origin = load_atlas()
+
+    def place(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Voxel coordinates (3, rows, columns) in the atlas of points of the slice, given in mm from its middle."""
+        shift = [_smooth_field(w, rows / 36 + 5.5, columns / 36 + 5.5) for w in warp]
+        y, x = -rows[:, None] + shift[0], columns[None, :] + shift[1]  # row 0 is the forehead
+        angle = np.deg2rad(turn)
+        x, y = np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y
+        x, y = flip * x * aspect, y / aspect - 17
+        z = level + np.tan(np.deg2rad(tilt_x)) * y + np.tan(np.deg2rad(tilt_y)) * x + shift[2]
+        return np.stack([x - origin[0], y - origin[1], z - origin[2]])
+
+    # Where is the brain? A coarse look, then the field of view that it fills to the wanted part.
+    axis = np.linspace(-115, 115, _SCOUT)
+    inside = ndimage.map_coordinates(maps[2], place(axis, axis), order=1, mode="nearest") > 0
+    rows, columns = axis[inside.any(1)], axis[inside.any(0)]
+    step = axis[1] - axis[0]
+    field_of_view = (max(np.ptp(rows), np.ptp(columns)) + step) / fill
+    pixels = size * max(1, round(_SUPERSAMPLED / size))
+    offset = (np.arange(pixels) + 0.5) / pixels - 0.5
+    rows, columns = (0.5 * (a[0] + a[-1]) + field_of_view * offset for a in (rows, columns))
+    factors["field_of_view_mm"] = field_of_view
+
+    where = place(rows, columns)
+    fluid, matter, depth = (ndimage.map_coordinates(m, where, order=1, mode="nearest") for m in maps)
+    ripples = [_smooth_field(f, rows / 6 + 29.5, columns / 6 + 29.5) for f in fine]
+    csf = _sigmoid(2.2 * (fluid + fluid_bias + 0.2 * ripples[0]))
+    white = (1 - csf) * _sigmoid(1.9 * (matter + white_bias + 0.15 * ripples[1]))
+    tissues = {"white": white, "grey": 1 - csf - white, "csf": csf}
+    lesions = _draw_lesions(rng, rows, columns, tissues, depth, ripples[2:], factors)
+    vessel = _draw_vessels(rng, rows, columns, csf, depth, field_of_view, factors)
+    vessel = vessel * (1 - lesions["enhancing"] - lesions["necrosis"])
+    for name in tissues:
+        tissues[name] = tissues[name] * (1 - lesions["enhancing"] - lesions["necrosis"] - vessel)
+    # Oedema spreads along white matter and stops at the cortex.
+    swollen = lesions.pop("oedema")
+    oedema = swollen * (tissues["white"] + 0.2 * tissues["grey"])
+    tissues["white"] = tissues["white"] * (1 - swollen)
+    tissues["grey"] = tissues["grey"] * (1 - 0.2 * swollen)
+    tissues.update(lesions, oedema=oedema, vessel=vessel)
+    edge = _sigmoid(depth / 0.3)
+    tissues = {name: _shrink((tissues[name] * edge).astype(np.float32), size) for name in TISSUES}
+    textures = {
+        "white": _shrink(1 + 0.012 * ripples[2] + 0.01 * ripples[3], size),
+        "grey": _shrink(1 + 0.015 * ripples[3], size),
+        "enhancing": _shrink(1 + 0.06 * ripples[2], size),
+        "iron": _shrink(_sigmoid((depth - 36) / 4), size),
+    }
+    textures = {name: np.asarray(t, dtype=np.float32) for name, t in textures.items()}
+    return tissues, textures, (field_of_view / size,) * 2
+
+
+def _draw_lesions(
+    rng: np.random.Generator,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    tissues: dict[str, np.ndarray],
+    depth: np.ndarray,
+    ripples: list[np.ndarray],
+    factors: dict,
+) -> dict[str, np.ndarray]:
+    """Metastases: fractions of enhancing rim, necrotic core and (before white matter is asked) oedema."""
+    count = int(rng.choice([1, 2, 3, 4, 5], p=[0.35, 0.28, 0.18, 0.12, 0.07]))
+    radii = np.sort(np.clip(rng.lognormal(np.log(6.5), 0.42, count), 4.0, 14.0))[::-1]
+    radii[0] = max(radii[0], rng.uniform(6.5, 12))
+    # Room: mm to the nearest large fluid space, brain surface or earlier lesion, on a coarse grid.
+    step = max(1, len(rows) // _SCOUT)
+    spacing = (rows[1] - rows[0]) * step
+    large_fluid = ndimage.gaussian_filter(tissues["csf"], 2.0 * step / 4)[step // 2 :: step, step // 2 :: step] > 0.5
+    parenchyma = ~large_fluid & (depth[step // 2 :: step, step // 2 :: step] > 1)
+    room = ndimage.distance_transform_edt(parenchyma) * spacing
+    y, x = rows[step // 2 :: step, None], columns[None, step // 2 :: step]
+    white = tissues["white"][step // 2 :: step, step // 2 :: step]
+
+    enhancing, necrosis, healthy = (np.zeros_like(depth) for _ in range(3))
+    healthy += 1  # 1 - oedema
+    placed = 0
+    for radius in radii:
+        candidates = room > 1.1 * radius
+        while not candidates.any():
+            radius *= 0.9
+            candidates = room > 1.1 * radius
+        # Metastases seed where grey meets white matter: prefer places near the border of what is allowed.
+        weight = candidates * (0.1 + white) * np.exp(-np.maximum(room - 1.3 * radius, 0) / 6)
+        index = rng.choice(weight.size, p=(weight / weight.sum()).ravel())
+        centre_y, centre_x = y[index // weight.shape[1], 0], x[0, index % weight.shape[1]]
+        room = np.minimum(room, np.hypot(y - centre_y, x - centre_x) - radius - 4)
+        dy, dx = rows[:, None] - centre_y, columns[None, :] - centre_x
+        angle, distance = np.arctan2(dy, dx), np.hypot(dy, dx)
+        outline = radius * _wobble(rng, angle, 0.09)
+        outside = distance - outline + 0.25 * ripples[0]
+        core = _sigmoid(-outside / 0.35)
+        # Rim: 2 to 4 mm of living tumour around a core that outgrew its blood supply; small ones are solid.
+        thickness = rng.uniform(0.28, 0.5) * radius if radius > 6 and rng.random() < 0.8 else 2 * radius
+        thickness = max(thickness, 2.4)
+        inner = np.maximum(radius - thickness, -radius) * _wobble(rng, angle, 0.14)
+        dead = core * _sigmoid(-(distance - inner + 0.4 * ripples[1]) / 0.45)
+        reach = radius * rng.uniform(0.3, 1.5) + 2
+        fingers = 2.8 * ripples[0] + 2.2 * ripples[1] + reach * (_wobble(rng, angle, 0.22) - 1)
+        wet = rng.uniform(0.7, 1.0) * _sigmoid((reach + fingers - outside) / 1.2)
+        enhancing = np.maximum(enhancing, core - dead)
+        necrosis = np.maximum(necrosis, dead)
+        healthy = healthy * (1 - wet)
+        placed += 1
+        factors.update({f"lesion_{placed}_radius_mm": radius, f"lesion_{placed}_rim_mm": min(thickness, radius)})
+    factors["lesions"] = placed
+    return {"enhancing": enhancing, "necrosis": necrosis, "oedema": 1 - healthy}
+
+
+def _wobble(rng: np.random.Generator, angle: np.ndarray, amount: float) -> np.ndarray:
+    """A smooth closed outline around 1: low harmonics of the angle with random size and phase."""
+    outline = np.ones_like(angle)
+    for order in range(2, 6):
+        outline += amount * rng.normal() * 2 / order * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
+    return np.clip(outline, 0.6, 1.5)
+
+
+def _draw_vessels(
+    rng: np.random.Generator,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    csf: np.ndarray,
+    depth: np.ndarray,
+    field_of_view: float,
+    factors: dict,
+) -> np.ndarray:
+    """Fraction of blood: cortical vessels that follow the sulci, cut across or along, and the sagittal sinus."""
+    spacing = field_of_view / len(rows)
+    fluid = ndimage.gaussian_filter(csf, 1.0 / spacing)
+    seeds = np.argwhere((fluid > 0.4) & (depth > 1.0) & (depth < 32))
+    vessel = np.zeros_like(csf)
+    count = int(rng.integers(12, 24))
+    factors["vessels"] = count
+    for _ in range(count):
+        point = seeds[rng.integers(len(seeds))].astype(float)
+        radius, length = rng.uniform(0.7, 1.5), rng.choice([0.0, rng.uniform(4, 16)])
+        heading = rng.uniform(0, 2 * np.pi)
+        path = [point]
+        for _ in range(int(length)):  # 1 mm a step, turning towards the deepest fluid
+            options = heading + np.array([-0.5, -0.25, 0.0, 0.25, 0.5])
+            ahead = point + 2 / spacing * np.stack([np.sin(options), np.cos(options)], 1)
+            ahead = np.clip(ahead, 0, len(rows) - 1).astype(int)
+            heading = options[np.argmax(fluid[ahead[:, 0], ahead[:, 1]])]
+            point = point + np.array([np.sin(heading), np.cos(heading)]) / spacing
+            path.append(point)
+        _paint_tube(vessel, np.array(path), radius / spacing)
+    # The superior sagittal sinus and its front end: on the midline, just under the margin of the brain.
+    for end, radius in (("back", rng.uniform(2.2, 3.4)), ("front", rng.uniform(1.2, 1.8))):
+        inside = np.argwhere(depth > 0.5 * radius)
+        extreme = inside[:, 0].max() if end == "back" else inside[:, 0].min()
+        # Midline: the notch between the hemispheres lies where the margin is nearest to the middle column.
+        column = 0.5 * (inside[:, 1].min() + inside[:, 1].max())
+        _paint_tube(vessel, np.array([[extreme, column]]), radius / spacing)
+    return vessel
+
+
+def _paint_tube(canvas: np.ndarray, path: np.ndarray, radius: float) -> None:
+    """Adds a tube of the given radius around a path of (row, column) points, in pixels, anti-aliased, in place."""
+    low = np.maximum(np.floor(path.min(0) - radius - 2), 0).astype(int)
+    high = np.ceil(path.max(0) + radius + 3).astype(int)
+    window = canvas[low[0] : high[0], low[1] : high[1]]
+    y, x = np.ogrid[low[0] : low[0] + window.shape[0], low[1] : low[1] + window.shape[1]]
+    distance = np.sqrt(((y - path[:, 0, None, None]) ** 2 + (x - path[:, 1, None, None]) ** 2).min(0))
+    np.maximum(window, np.clip(radius + 0.5 - distance, 0, 1), out=window)
+
+
+def _draw_tissue_values(rng: np.random.Generator, factors: dict) -> dict[str, tuple[float, float, float, float]]:
+    """T1, T2, proton density and agent of each tissue in this subject, a few per cent around `TISSUE_VALUES`."""
+    values = {}
+    agent = rng.normal(1, 0.08)  # dose and delay after injection, common to all tissues
+    for tissue, mean in TISSUE_VALUES.items():
+        spread = (
+            (0.06, 0.08, 0.02, 0.10) if tissue in ("oedema", "enhancing", "necrosis") else (0.025, 0.03, 0.01, 0.05)
+        )
+        drawn = [m * np.clip(rng.normal(1, s), 1 - 2.5 * s, 1 + 2.5 * s) for m, s in zip(mean, spread, strict=True)]
+        drawn[3] *= agent
+        values[tissue] = tuple(drawn)
+        factors.update(
+            {f"{tissue}_{key}": v for key, v in zip(("T1_ms", "T2_ms", "PD", "agent_mM"), drawn, strict=True)}
+        )
+    factors["noise"] = float(rng.uniform(0.012, 0.018))
+    return values
+
+
+def _draw_sequence(rng: np.random.Generator, name: str, factors: dict) -> dict:
+    """The sequence with timings, and top of window, off by a few per cent: another scanner."""
+    sequence = dict(SEQUENCES[name])
+    for key in ("TR", "TE", "TI", "flip", "headroom"):
+        if key in sequence:
+            sequence[key] *= float(np.clip(rng.normal(1, 0.02), 0.95, 1.05))
+            factors[f"{name}_{key}"] = sequence[key]
+    return sequence
+
+
+def _signal(sequence: dict, tissue: str, t1: float, t2: float, density: float, agent: float) -> float:
+    """Magnitude of the steady-state signal; times in ms, agent in mmol/l."""
+    if sequence["contrast"]:
+        t1 = 1 / (1 / t1 + RELAXIVITY_R1 * agent / 1000)
+        t2 = 1 / (1 / t2 + RELAXIVITY_R2 * agent / 1000)
+    decay, recovery = np.exp(-sequence["TE"] / t2), np.exp(-sequence["TR"] / t1)
+    if sequence["kind"] == "spin echo":
+        signal = density * (1 - recovery) * decay
+    elif sequence["kind"] == "inversion recovery":
+        signal = density * abs(1 - 2 * np.exp(-sequence["TI"] / t1) + recovery) * decay
+    else:  # spoiled gradient echo (Ernst); T2* about half of T2
+        flip = np.deg2rad(sequence["flip"])
+        signal = density * np.sin(flip) * (1 - recovery) / (1 - np.cos(flip) * recovery) * decay**2
+    return float(signal * (sequence["flow"] if tissue == "vessel" else 1))
+
+
+def _smooth_field(coefficients: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Cubic B-spline surface with random coefficients, about unit variance, at rows x columns (in units of its knots)."""
+
+    def basis(at: np.ndarray, knots: int) -> np.ndarray:
+        t = np.abs(at[:, None] - np.arange(knots))
+        return np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6).astype(np.float32)
+
+    left, right = basis(rows, coefficients.shape[0]), basis(columns, coefficients.shape[1])
+    return left @ (coefficients.astype(np.float32) / np.float32(0.479)) @ right.T
+
+
+def _unfolding(warp: np.ndarray) -> float:
+    """Factor up to 1 that keeps the in-plane warp a diffeomorphism: Jacobian determinant at least 0.35 everywhere."""
+    axis = np.linspace(-110, 110, 45)
+    shift = [_smooth_field(w, axis / 36 + 5.5, axis / 36 + 5.5) for w in warp[:2]]
+    (yy, yx), (xy, xx) = (np.gradient(s, axis[1] - axis[0]) for s in shift)
+    scale = 1.0
+    # Rows run against y (see `place`), hence the signs.
+    while ((1 - scale * yy) * (1 + scale * xx) + scale**2 * yx * xy).min() < 0.35:
+        scale *= 0.85
+    return scale
+
+
+def _shrink(image: np.ndarray, size: int) -> np.ndarray:
+    """Mean over blocks of pixels, down to size x size."""
+    block = image.shape[0] // size
+    return image.reshape(size, block, size, block).mean((1, 3))
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(0.5 * x)

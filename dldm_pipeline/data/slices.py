@@ -1,0 +1,396 @@
+"""The slice table: one schema for every source of images, written as parquet and read by `datasets` or `SliceDataset`.
+
+A data set is a folder:
+
+    DATA/data/train-00000-of-00003.parquet, ...        80 % of the subjects
+    DATA/data/validation-00000-of-00001.parquet, ...   the other 20 %; no subject is in both
+
+with one row per slice and these columns, in this order:
+
+| column            | type                   | meaning                                                      |
+|-------------------|------------------------|--------------------------------------------------------------|
+| `subject`         | string                 | who; the split is by this                                    |
+| `slice_index`     | int32                  | which axial slice of the subject's volume                    |
+| one each modality | image, null if missing | 16-bit PNG (H, W), mode "I;16"; 0..65535 stands for [0, 1]   |
+| `present`         | list of bool           | whether each modality, in column order, is there             |
+| `mask`            | image, null if unknown | 8-bit PNG (H, W), 255 in the tumour, 0 outside               |
+| `source`          | string                 | where the slice came from                                    |
+| `pixel_spacing`   | list of two float32    | distance between rows, then between columns, in mm           |
+
+`datasets.load_dataset("DATA")` reads it, `streaming=True` too, and so it does from the Hub.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from dldm_pipeline.modalities import MASK, check_modalities
+
+ROWS_PER_GROUP = 64  # rows held in memory while writing, and read at once by a streaming reader
+SHARD_BYTES = 256 * 2**20
+SPLITS = ("train", "validation")
+_COMPRESS_LEVEL = 1  # zlib: level 1 writes 16-bit slices several times faster than the default and 5 % larger
+
+
+def slice_features(modalities: Sequence[str]) -> datasets.Features:
+    """The schema of a slice table as `datasets.Features`.
+
+    Args:
+        modalities (`Sequence[str]`): Modality names in order.
+
+    Returns:
+        `datasets.Features`: The columns listed in the module's docstring, in that order.
+    """
+    modalities = check_modalities(modalities)
+    return datasets.Features(
+        {
+            "subject": datasets.Value("string"),
+            "slice_index": datasets.Value("int32"),
+            **{name: datasets.Image() for name in modalities},
+            "present": datasets.Sequence(datasets.Value("bool")),
+            MASK: datasets.Image(),
+            "source": datasets.Value("string"),
+            "pixel_spacing": datasets.Sequence(datasets.Value("float32")),
+        }
+    )
+
+
+def split_subjects(subjects: Iterable[str], val_fraction: float = 0.2, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Divide subjects into training and validation.
+
+    The choice depends on the set of names and the seed only, not on their order.
+
+    Args:
+        subjects (`Iterable[str]`): Subject names; repetitions are ignored.
+        val_fraction (`float`, *optional*, defaults to 0.2): Share of the subjects for validation, in [0, 1). From two
+            subjects on, each side gets at least one, unless the fraction is 0.
+        seed (`int`, *optional*, defaults to 0): Another seed, another choice.
+
+    Returns:
+        `tuple[list[str], list[str]]`: Training and validation subjects, each sorted.
+
+    Raises:
+        ValueError: If `val_fraction` is outside [0, 1).
+    """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1, for example 0.2.")
+    names = sorted(set(subjects), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    count = round(val_fraction * len(names))
+    if val_fraction > 0 and len(names) > 1:
+        count = min(max(count, 1), len(names) - 1)
+    else:
+        count = 0
+    return sorted(names[count:]), sorted(names[:count])
+
+
+def write_slices(
+    rows: Iterable[dict[str, Any]],
+    output: str | os.PathLike,
+    modalities: Sequence[str],
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    finish: Callable[[Path, dict[str, dict[str, int]]], None] | None = None,
+) -> dict[str, dict[str, int]]:
+    """Write rows as a data set folder, split by subject.
+
+    Rows are encoded as they come and memory does not grow with their number: they go to one temporary file first,
+    because the split is known only when the last subject is, and are then copied, still encoded, to their shards.
+    The work is done in a hidden folder beside `output` that takes its name at the end; if anything fails, or the user
+    interrupts, it is deleted and `output` is as it was before.
+
+    Args:
+        rows (`Iterable[dict]`): One dictionary per slice: `subject` (str), `slice_index` (int), for each modality a
+            float array (H, W) in [0, 1] or `None` if missing, `mask` an array (H, W) whose non-zero pixels are tumour,
+            or `None` if unknown, and optionally `source` (str) and `pixel_spacing` (two numbers, mm). All of one size.
+        output (`str` or `os.PathLike`): Folder to create; it must not exist, or be empty.
+        modalities (`Sequence[str]`): Names of the modalities, in the order of the columns.
+        val_fraction (`float`, *optional*, defaults to 0.2): Share of the subjects that go to validation.
+        seed (`int`, *optional*, defaults to 0): Seed of the split.
+        finish (`Callable[[Path, dict], None]`, *optional*): Called with the still hidden folder and the summary when
+            all rows are written, to add files to it (a data card, a contact sheet).
+
+    Returns:
+        `dict`: For `"train"` and `"validation"`, the numbers of `"subjects"` and `"rows"`.
+
+    Raises:
+        ValueError: If there are no rows, or a row does not fit the schema. The message names subject and slice.
+        FileExistsError: If `output` already holds files.
+        OSError: If `output` cannot be written, or the disk is full.
+    """
+    modalities = check_modalities(modalities)
+    split_subjects([], val_fraction)  # complain about the fraction now, not after hours
+    with new_folder(output) as folder:
+        schema = slice_features(modalities).arrow_schema
+        rows_file = folder / "rows.parquet"
+        subjects = _write_rows(rows, rows_file, modalities, schema)
+        if not subjects:
+            raise ValueError(f"no slices to write to {output}: the source gave none.")
+        train, validation = split_subjects(subjects, val_fraction, seed)
+        (folder / "data").mkdir()
+        summary = {}
+        for split, members in (("train", train), ("validation", validation)):
+            number = sum(subjects[name] for name in members)
+            summary[split] = {"subjects": len(members), "rows": number}
+            if members:
+                _copy_rows(rows_file, folder / "data", split, set(members), schema)
+        rows_file.unlink()
+        if finish is not None:
+            finish(folder, summary)
+    return summary
+
+
+@contextlib.contextmanager
+def new_folder(output: str | os.PathLike) -> Iterator[Path]:
+    """Make a folder that appears complete or not at all.
+
+    Yields a hidden folder beside `output` to write into. When the block ends well it is renamed to `output`; when the
+    block raises, it is deleted.
+
+    Args:
+        output (`str` or `os.PathLike`): Folder to create; it must not exist, or be empty.
+
+    Yields:
+        `Path`: The hidden folder.
+
+    Raises:
+        FileExistsError: If `output` is a file or a folder with something in it.
+        OSError: With a message that names `output`, if it cannot be written or the disk is full.
+    """
+    output = Path(output).absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} already exists and is not an empty folder; delete it or name another output.")
+    folder = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", suffix=".partial", dir=output.parent))
+        folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        yield folder
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC, f"the disk is full: could not finish {output}; nothing was kept. Free space and run again"
+            ) from error
+        if folder is None or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OSError(
+                error.errno, f"cannot write {output} ({error.strerror}); name an output folder you may write to"
+            ) from error
+        raise
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _encode(array: np.ndarray) -> dict[str, Any]:
+    """PNG bytes of a uint16 or uint8 array, in the form in which `datasets` stores an image."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG", compress_level=_COMPRESS_LEVEL)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _encode_row(row: dict[str, Any], modalities: tuple[str, ...], size: tuple[int, int] | None) -> dict[str, Any]:
+    """Check a row and turn its arrays into PNG. `size` is what earlier rows had."""
+    if not row.get("subject"):
+        raise ValueError(f"a row has no subject: its keys are {sorted(row)}.")
+    where = f"subject {row['subject']}, slice {row.get('slice_index')}"
+    encoded: dict[str, Any] = {"subject": row["subject"], "slice_index": int(row["slice_index"])}
+    unknown = set(row) - {*modalities, MASK, "subject", "slice_index", "present", "source", "pixel_spacing"}
+    if unknown:
+        raise ValueError(f"{where}: unknown modalities {sorted(unknown)}; this data set has {list(modalities)}.")
+    for name in (*modalities, MASK):
+        image = row.get(name)
+        if image is None:
+            encoded[name] = None
+            continue
+        image = np.asarray(image)
+        size = image.shape if size is None else size
+        if image.ndim != 2 or image.shape != size:
+            raise ValueError(f"{where}: {name} has shape {image.shape}, not {size}; all slices must have one 2-D size.")
+        if name == MASK:
+            encoded[name] = _encode(np.where(image != 0, 255, 0).astype(np.uint8))
+        else:
+            low, high = image.min(), image.max()
+            if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails this, too
+                raise ValueError(f"{where}: {name} has values from {low} to {high}; they must lie in [0, 1].")
+            encoded[name] = _encode(np.rint(np.clip(image, 0, 1) * 65535).astype(np.uint16))
+    encoded["present"] = [encoded[name] is not None for name in modalities]
+    if not any(encoded["present"]):
+        raise ValueError(f"{where}: none of {', '.join(modalities)} is there; leave such slices out.")
+    encoded["source"] = row.get("source") or ""
+    encoded["pixel_spacing"] = [float(step) for step in row.get("pixel_spacing") or (1.0, 1.0)]
+    return encoded
+
+
+def _write_rows(
+    rows: Iterable[dict[str, Any]], path: Path, modalities: tuple[str, ...], schema: pa.Schema
+) -> dict[str, int]:
+    """Encode all rows into one parquet file. Returns the number of rows of each subject."""
+    subjects: dict[str, int] = {}
+    size = None
+    pending: list[dict[str, Any]] = []
+    # PNG is compressed already.
+    with pq.ParquetWriter(path, schema, compression="none") as writer:
+        for row in rows:
+            pending.append(_encode_row(row, modalities, size))
+            if size is None:
+                size = next(np.shape(row[name]) for name in modalities if row.get(name) is not None)
+            subjects[row["subject"]] = subjects.get(row["subject"], 0) + 1
+            if len(pending) == ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(pending, schema=schema))
+                pending.clear()
+        if pending:
+            writer.write_table(pa.Table.from_pylist(pending, schema=schema))
+    return subjects
+
+
+def _copy_rows(rows_file: Path, folder: Path, split: str, members: set[str], schema: pa.Schema) -> None:
+    """Copy the rows of some subjects to numbered shards, a group of rows at a time."""
+    shards: list[Path] = []
+    writer, filled = None, 0
+    try:
+        with pq.ParquetFile(rows_file, memory_map=False) as source:
+            for batch in source.iter_batches(ROWS_PER_GROUP):
+                kept = [name in members for name in batch.column("subject").to_pylist()]
+                batch = batch.filter(pa.array(kept))
+                if not batch.num_rows:
+                    continue
+                if writer is None or filled > SHARD_BYTES:
+                    if writer is not None:
+                        writer.close()
+                    shards.append(folder / f"{len(shards)}.tmp")
+                    writer, filled = pq.ParquetWriter(shards[-1], schema, compression="none"), 0
+                writer.write_batch(batch.cast(schema), row_group_size=ROWS_PER_GROUP)
+                filled += batch.nbytes
+    finally:
+        if writer is not None:
+            writer.close()
+    for number, shard in enumerate(shards):
+        shard.rename(folder / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
+
+
+class SliceDataset(torch.utils.data.Dataset):
+    """Slices as tensors, for training.
+
+    Reads a folder written by `write_slices`, or such a data set on the Hub, through `datasets.load_dataset`: the rows
+    stay in a memory-mapped file and are decoded when asked for, so memory does not grow with their number.
+
+    Each item is a dictionary:
+        - `images`: float32 (n, H, W) in [0, 1]; zeros where a modality is missing.
+        - `present`: bool (n,), which modalities are there.
+        - `mask`: float32 (H, W), 1 in the tumour, 0 outside; zeros if there is no mask.
+        - `has_mask`: bool (), whether the mask is known.
+        - `subject`: str.
+
+    Args:
+        path (`str` or `os.PathLike`): The data set's folder, or its name on the Hub.
+        split (`str`, *optional*, defaults to `"train"`): `"train"` or `"validation"`.
+        modalities (`Sequence[str]`, *optional*): Modalities wanted, in this order, for example those of a model. By
+            default all the data have. Slices that show none of them are passed over.
+
+    Attributes:
+        modalities (`tuple[str, ...]`): Modality names in the order of `images`.
+        image_size (`int`): Height of the images, which is their width if they are square.
+
+    Raises:
+        FileNotFoundError: If `path` is no folder with a data set.
+        ValueError: If the split does not exist, or the data have not all the modalities wanted.
+    """
+
+    def __init__(self, path: str | os.PathLike, split: str = "train", modalities: Sequence[str] | None = None) -> None:
+        path = os.fspath(path)
+        if os.path.isdir(path):
+            files = {name: [str(file) for file in sorted(Path(path).glob(f"data/{name}-*.parquet"))] for name in SPLITS}
+            files = {name: found for name, found in files.items() if found}
+            if not files:
+                raise FileNotFoundError(f"{path} holds no data/train-*.parquet; see training/prepare_dataset.py.")
+            if split not in files:
+                raise ValueError(f"{path} has no split {split!r}; it has {', '.join(files)}.")
+            table = datasets.load_dataset("parquet", data_files=files, split=split)
+        elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise FileNotFoundError(f"{path} is not a data set folder; make one by training/prepare_dataset.py.")
+        else:
+            table = datasets.load_dataset(path, split=split)
+
+        in_data = tuple(
+            name for name, kind in table.features.items() if isinstance(kind, datasets.Image) and name != MASK
+        )
+        self.modalities = in_data if modalities is None else check_modalities(modalities)
+        lacking = [name for name in self.modalities if name not in in_data]
+        if lacking:
+            raise ValueError(
+                f"modalities do not match: {', '.join(lacking)} wanted, but {path} has {', '.join(in_data) or 'none'}."
+            )
+
+        table = table.select_columns(["subject", *self.modalities, MASK])
+        for name in (*self.modalities, MASK):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        self._table = table.with_format("arrow")
+        self._rows = None if self.modalities == in_data else self._rows_with_images()
+        first = next((array for array in self._decode_row(0)[1:-1] if array is not None), None) if len(self) else None
+        if first is None:
+            raise ValueError(f"split {split!r} of {path} has no slice of {', '.join(self.modalities)}.")
+        self.image_size = first.shape[0]
+        self._shape = first.shape
+
+    def _rows_with_images(self) -> np.ndarray:
+        """Numbers of the rows that show at least one of the wanted modalities."""
+        there = np.zeros(len(self._table), dtype=bool)
+        for start in range(0, len(there), 1000):
+            part = self._table[start : start + 1000]
+            for name in self.modalities:
+                there[start : start + 1000] |= part.column(name).is_valid().to_numpy()
+        return np.flatnonzero(there)
+
+    def _decode_row(self, index: int) -> list[Any]:
+        """Subject, the modalities' arrays (uint16) and the mask's (uint8) of one item; `None` for what is missing."""
+        row = self._table[int(index if self._rows is None else self._rows[index])]
+        found = [row.column("subject")[0].as_py()]
+        for name in (*self.modalities, MASK):
+            data = row.column(name)[0].as_py()
+            found.append(None if data is None else np.asarray(Image.open(io.BytesIO(data["bytes"]), formats=["PNG"])))
+        return found
+
+    def __len__(self) -> int:
+        return len(self._table if self._rows is None else self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One slice as a dictionary, see the class."""
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"slice {index} of {len(self)}")
+        subject, *arrays = self._decode_row(index)
+        images = np.zeros((len(self.modalities), *self._shape), dtype=np.float32)
+        for image, array in zip(images, arrays, strict=False):
+            if array is not None:
+                np.multiply(array, np.float32(1 / 65535), out=image)
+        mask = np.zeros(self._shape, np.float32) if arrays[-1] is None else (arrays[-1] > 127).astype(np.float32)
+        return {
+            "images": torch.from_numpy(images),
+            "present": torch.tensor([array is not None for array in arrays[:-1]]),
+            "mask": torch.from_numpy(mask),
+            "has_mask": torch.tensor(arrays[-1] is not None),
+            "subject": subject,
+        }

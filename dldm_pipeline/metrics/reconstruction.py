@@ -237,8 +237,8 @@ def encode_subjects(
         images, present = batch["images"], batch["present"].bool()
         if images.shape[1] != len(modalities):
             raise ValueError(
-                f"dataset has {images.shape[1]} modalities, the autoencoder {len(modalities)} ({', '.join(modalities)}): "
-                "read the data with modalities=autoencoder.config.modalities."
+                f"dataset has {images.shape[1]} modalities, the autoencoder {len(modalities)}: {', '.join(modalities)}. "
+                "Read the data with modalities=autoencoder.config.modalities."
             )
         presents = [present]
         for m in range(len(modalities)):

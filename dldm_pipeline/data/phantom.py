@@ -1,22 +1,24 @@
-"""Simulated brain-metastasis subjects: one axial slice, five aligned contrasts, the tumour mask and the truth behind them.
+"""Simulated brain-metastasis subjects: one axial slice, five aligned contrasts, the tumour mask and the truth behind.
 
 Anatomy: the grey matter, white matter and T1 maps of the ICBM 2009a nonlinear symmetric atlas, which nilearn ships and
-loads offline. The maps are averages of 152 brains and therefore blurred; they are sharpened here, then tilted, bent by a
-smooth diffeomorphism and given one to five metastases with oedema, and vessels. Contrast: the MR signal equations.
+loads offline. The maps are averages of 152 brains and therefore blurred; they are sharpened here, then tilted, bent by
+a smooth diffeomorphism and given one to five metastases with oedema, and vessels. Contrast: the MR signal equations.
 
 Atlas licence: "Copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute,
-McGill University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose and
-without fee is hereby granted, provided that the above copyright notice appear in all copies." Cite Fonov et al.,
+McGill University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose
+and without fee is hereby granted, provided that the above copyright notice appear in all copies." Cite Fonov et al.,
 NeuroImage 54 (2011) 313, doi 10.1016/j.neuroimage.2010.07.033. No atlas file is copied into this package.
 
 Tissue values (3 T): Wansapura et al., JMRI 9 (1999) 531 (white and grey matter); Stanisz et al., MRM 54 (2005) 507;
-Lu et al., MRM 52 (2004) 679 (blood); Lin et al., JMRI 13 (2001) 114 and Rooney et al., MRM 57 (2007) 308 (cerebrospinal
-fluid); Rohrer et al., Invest. Radiol. 40 (2005) 715 (relaxivity of contrast agents); signal equations: Bernstein, King and
-Zhou, Handbook of MRI Pulse Sequences (2004). Oedema and tumour lie in the range of the clinical literature, which is wide.
+Lu et al., MRM 52 (2004) 679 (blood); Lin et al., JMRI 13 (2001) 114 and Rooney et al., MRM 57 (2007) 308
+(cerebrospinal fluid); Rohrer et al., Invest. Radiol. 40 (2005) 715 (relaxivity of contrast agents); signal equations:
+Bernstein, King and Zhou, Handbook of MRI Pulse Sequences (2004). Oedema and tumour lie in the range of the clinical
+literature, which is wide.
 """
 
 import math
 import multiprocessing
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,27 +36,27 @@ TISSUE_VALUES = {
     "grey": (1380.0, 98.0, 0.82, 0.03),
     "csf": (4200.0, 1700.0, 1.00, 0.0),
     "vessel": (1800.0, 90.0, 0.85, 0.65),
-    "oedema": (1450.0, 180.0, 0.87, 0.02),
-    "enhancing": (1400.0, 125.0, 0.85, 0.36),
+    "oedema": (1450.0, 165.0, 0.87, 0.02),
+    "enhancing": (1600.0, 125.0, 0.85, 0.38),
     "necrosis": (2000.0, 260.0, 0.93, 0.05),
 }
 RELAXIVITY_R1, RELAXIVITY_R2 = 4.5, 5.5  # per second and mmol/l, gadolinium chelates at 3 T
 
-# Times in ms, flip angle in degrees. `flow` is the part of the blood signal that survives (spin echo: outflow; black blood:
-# flow-sensitive dephasing). `headroom`: top of the window over the brightest healthy tissue, as whole-volume percentiles
-# give it: in T1 and T2 white matter or fluid sets the top, in the others vessels and lesions do.
+# Times in ms, flip angle in degrees. `flow` is the part of the blood signal that survives (spin echo: outflow; black
+# blood: flow-sensitive dephasing). `headroom`: top of the window over the brightest healthy tissue, as whole-volume
+# percentiles give it: in T1 and T2 white matter or fluid sets the top, in the others vessels and lesions do.
 SEQUENCES = {
     "T1": dict(kind="spin echo", TR=520.0, TE=10.0, contrast=False, flow=0.45, headroom=1.12),
     "T2": dict(kind="spin echo", TR=4800.0, TE=100.0, contrast=False, flow=0.15, headroom=1.0),
-    "FLAIR": dict(kind="inversion recovery", TR=9000.0, TE=115.0, TI=2500.0, contrast=False, flow=0.15, headroom=1.75),
+    "FLAIR": dict(kind="inversion recovery", TR=9000.0, TE=115.0, TI=2500.0, contrast=False, flow=0.15, headroom=1.8),
     "WB": dict(kind="gradient echo", TR=8.0, TE=3.0, flip=14.0, contrast=True, flow=1.0, headroom=1.95),
     "BB": dict(kind="spin echo", TR=560.0, TE=14.0, contrast=True, flow=0.04, headroom=1.85),
 }
 
-_Z_RANGE = (-45.0, 75.0)  # mm of atlas kept, more than any tilted slice needs
-_SUPERSAMPLED = (
-    256  # anatomy is computed on about this many pixels, then averaged down: anti-aliased, same at every size
-)
+# Corners of the part of the atlas that is kept, MNI mm: the whole brain across, more levels than a tilted slice needs.
+_KEPT = np.array([[-78.0, -114.0, -40.0], [78.0, 80.0, 76.0]])
+# Anatomy is computed on about this many pixels across, then averaged down: anti-aliased, and the same at every size.
+_SUPERSAMPLED = 256
 POINT_SPREAD = 0.6  # standard deviation in pixels of the acquisition
 _SCOUT = 64  # pixels of the coarse look that finds the brain and places lesions
 
@@ -67,7 +69,7 @@ class PhantomSubject:
         images: (n, H, W) float32 in [0, 1], one per modality, background exactly 0.
         mask: (H, W) uint8 in {0, 1}, tumour core (enhancing and necrotic, not oedema); never empty.
         tissues: name in `TISSUES` -> (H, W) float32 partial-volume fraction in [0, 1]; they sum to 1 inside the brain.
-        factors: name -> number drawn for this subject (level and angles, tissue values, sequence timings, lesions, ...).
+        factors: name -> number drawn for this subject (level, angles, tissue values, sequence timings, lesions, ...).
         modalities: names of the images, in order.
         pixel_spacing: (row, column) in mm.
     """
@@ -88,7 +90,7 @@ def simulate_subject(
     Args:
         seed: non-negative integer, or a sequence of them.
         size: height and width of the images in pixels, 32 to 1024.
-        modalities: names out of `SEQUENCES`, in the order wanted. An image does not depend on which others are asked for.
+        modalities: names out of `SEQUENCES`, in the order wanted. An image does not depend on the others asked for.
 
     Raises:
         ValueError: a size or modality that cannot be simulated.
@@ -157,13 +159,20 @@ def phantom_rows(
     _check(size, modalities)
     if num_subjects < 1:
         raise ValueError(f"num_subjects is {num_subjects}; ask for at least 1 simulated subject.")
-    jobs = ((seed, index, size, modalities) for index in range(num_subjects))
+    jobs = [(seed, index, size, modalities) for index in range(num_subjects)]
     if num_workers <= 1:
         yield from map(_row, jobs)
         return
     load_atlas()  # forked workers then share it
-    with multiprocessing.Pool(num_workers) as pool:
-        yield from pool.imap(_row, jobs, chunksize=4)
+    with multiprocessing.Pool(min(num_workers, num_subjects)) as pool:
+        # One block is made while the last one is used: with all at once, a slow reader would let the memory grow.
+        block, blocks = 8 * num_workers, deque()
+        for start in range(0, num_subjects, block):
+            blocks.append(pool.map_async(_row, jobs[start : start + block], chunksize=1))
+            if len(blocks) > 1:
+                yield from blocks.popleft().get()
+        while blocks:
+            yield from blocks.popleft().get()
 
 
 def _row(job: tuple) -> dict:
@@ -198,18 +207,18 @@ def load_atlas() -> tuple[np.ndarray, np.ndarray]:
     """Sharpened atlas, computed once per process (about 4 s).
 
     Returns:
-        maps: (X, Y, Z, 3) float32 at 1 mm: fluid and white matter, both as signed evidence (positive inside, about one unit
-            at 1 mm from the border), and depth below the brain's surface in mm (negative outside).
+        maps: (X, Y, Z, 4) float32 at 1 mm: fluid and white matter, both as signed evidence (positive inside, about one
+            unit at 1 mm from the border); depth below the brain's surface in mm (negative outside); distance from the
+            lateral ventricles in mm.
         origin: (3,) MNI coordinates in mm of voxel (0, 0, 0).
     """
     from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template  # slow import
 
     template = load_mni152_template(resolution=1)
-    origin = template.affine[:3, 3].copy()
-    keep = slice(int(_Z_RANGE[0] - origin[2]), int(_Z_RANGE[1] - origin[2]))
-    origin[2] = _Z_RANGE[0]
+    first, last = (_KEPT - template.affine[:3, 3]).astype(int)
+    keep = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
     t1, grey, white = (
-        image.get_fdata(dtype=np.float32)[:, :, keep]
+        image.get_fdata(dtype=np.float32)[keep]
         for image in (template, load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1))
     )
 
@@ -222,36 +231,38 @@ def load_atlas() -> tuple[np.ndarray, np.ndarray]:
     # The class maps hardly know the narrow sulci; the T1 average does, once its blur is undone (unsharp mask).
     filled = np.where(t1 > 0, t1, 0.35)
     sharp = filled + 1.6 * (filled - ndimage.gaussian_filter(filled, 2.0))
-    fluid = np.maximum((0.56 - sharp) / 0.10, 4 * (0.5 - (grey + white)))
+    fluid = np.maximum((0.56 - sharp) / 0.10, 8 * (0.5 - (grey + white)))
     fluid = np.maximum(fluid, 0.2 - depth)
 
     # Between ventricle and white matter the blur passes through grey: a rim that no brain has. Opening takes the rim
     # away and leaves the nuclei, which are thick; near the ventricles only, for the cortex is thin too.
-    ventricle = ndimage.binary_opening((grey + white < 0.5) & (depth > 18), iterations=1)
-    near = ndimage.distance_transform_edt(~ventricle) < 5
+    pools, _ = ndimage.label(ndimage.binary_opening((grey + white < 0.5) & (depth > 18)))
+    ventricles = pools == np.bincount(pools.ravel())[1:].argmax() + 1  # the lateral ones make the largest pool
+    near = ndimage.binary_dilation(pools > 0, iterations=5)
     opened = ndimage.grey_opening(grey, size=(4, 4, 4))
     white = np.where(near, white + (grey - opened), white)
     grey = np.where(near, opened, grey)
     ratio = white / (white + grey + 1e-3)
     ratio = ratio + 1.0 * (ratio - ndimage.gaussian_filter(ratio, 2.0))
     matter = (ratio - 0.5) / 0.22
-    maps = np.stack([np.clip(fluid, -4, 4), np.clip(matter, -4, 4), depth], axis=-1).astype(np.float32)
-    return maps, origin
+    away = ndimage.distance_transform_edt(~ventricles) - 0.5
+    maps = np.stack([np.clip(fluid, -4, 4), np.clip(matter, -4, 4), depth, away], axis=-1).astype(np.float32)
+    return maps, _KEPT[0]
 
 
 def _draw_anatomy(
     rng: np.random.Generator, size: int, factors: dict
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], tuple[float, float]]:
     """Tissue fractions and smooth within-tissue variation, both (size, size), and the pixel spacing."""
-    level, tilt_x, tilt_y = rng.uniform(-5, 46), rng.normal(0, 5), rng.normal(0, 2.5)
+    level, tilt_x, tilt_y = rng.triangular(-5, 10, 46), rng.normal(0, 5), rng.normal(0, 2.5)
     turn, aspect = rng.normal(0, 3), rng.normal(1, 0.035)
     flip, fill = rng.choice([-1.0, 1.0]), rng.uniform(0.86, 0.90)
     fluid_bias, white_bias = rng.normal(-0.7, 0.35), rng.normal(-0.5, 0.2)
-    ventricle_bias = rng.uniform(0, 3)
-    warp = rng.normal(size=(3, 12, 12)) * np.array([2.6, 2.6, 3.5])[:, None, None]
+    ventricle_growth = 4.5 * rng.beta(1.2, 2)  # mm
+    warp = rng.normal(size=(3, 12, 12)) * np.array([2.3, 2.3, 3.5])[:, None, None]
     factors.update(
         level_mm=level, tilt_x_deg=tilt_x, tilt_y_deg=tilt_y, turn_deg=turn, aspect=aspect, flipped=float(flip < 0),
-        fluid_bias=fluid_bias, ventricle_bias=ventricle_bias, white_bias=white_bias,
+        fluid_bias=fluid_bias, ventricle_growth_mm=ventricle_growth, white_bias=white_bias,
     )  # fmt: skip
     warp *= _unfolding(warp)
     fine = rng.normal(size=(4, 60, 60))
@@ -279,14 +290,15 @@ def _draw_anatomy(
     factors["field_of_view_mm"] = field_of_view
 
     where = place(rows, columns)
-    fluid, matter, depth = np.moveaxis(_sample(maps, where.reshape(3, -1)).reshape(pixels, pixels, 3), 2, 0)
+    sampled = np.ascontiguousarray(_sample(maps, where.reshape(3, -1)).T)
+    fluid, matter, depth, away = sampled.reshape(4, pixels, pixels)
     ripples = _smooth_field(fine, rows / 6 + 29.5, columns / 6 + 29.5)
-    ventricle = np.float32(ventricle_bias) * _sigmoid((depth - 22) / 2)
-    csf = _sigmoid(1.7 * (fluid + fluid_bias + ventricle + 0.2 * ripples[0]))
+    fluid = np.maximum(fluid + fluid_bias + 0.2 * ripples[0], ventricle_growth - away)
+    csf = _sigmoid(1.7 * fluid)
     white = (1 - csf) * _sigmoid(1.9 * (matter + white_bias + 0.15 * ripples[1]))
     tissues = {"white": white, "grey": 1 - csf - white, "csf": csf}
     lesions = _draw_lesions(rng, rows, columns, tissues, depth, ripples[2:], factors)
-    vessel = _draw_vessels(rng, rows, csf, depth, where[0] + origin[0], factors)
+    vessel = _draw_vessels(rng, rows, np.where(away < 6, 0, csf), depth, where[0] + origin[0], factors)
     vessel = vessel * (1 - lesions["enhancing"] - lesions["necrosis"])
     for name in tissues:
         tissues[name] = tissues[name] * (1 - lesions["enhancing"] - lesions["necrosis"] - vessel)
@@ -396,11 +408,11 @@ def _draw_vessels(
     fluid = ndimage.gaussian_filter(csf, 1.0 / spacing, truncate=2.5)
     seeds = np.flatnonzero((fluid > 0.35) & (depth > 1.0) & (depth < 32))
     vessel = np.zeros_like(csf)
-    count = int(rng.integers(14, 30))
+    count = int(rng.integers(8, 18))
     factors["vessels"] = count
     for _ in range(count):
         y, x = map(float, np.divmod(rng.choice(seeds), len(rows)))
-        radius, length = rng.uniform(0.6, 1.2), rng.choice([0.0, rng.uniform(4, 18)])
+        radius, length = rng.uniform(0.9, 1.6), rng.choice([0.0, rng.uniform(4, 18)])
         heading = rng.uniform(0, 2 * np.pi)
         path = [(y, x)]
         for _ in range(int(length / 1.5)):  # 1.5 mm a step, turning towards the deepest fluid
@@ -439,7 +451,7 @@ def _draw_tissue_values(rng: np.random.Generator, factors: dict) -> dict[str, tu
     agent = rng.normal(1, 0.08)  # dose and delay after injection, common to all tissues
     for tissue, mean in TISSUE_VALUES.items():
         spread = (
-            (0.06, 0.08, 0.02, 0.10) if tissue in ("oedema", "enhancing", "necrosis") else (0.025, 0.03, 0.01, 0.05)
+            (0.05, 0.06, 0.02, 0.08) if tissue in ("oedema", "enhancing", "necrosis") else (0.025, 0.03, 0.01, 0.05)
         )
         drawn = [m * np.clip(rng.normal(1, s), 1 - 2.5 * s, 1 + 2.5 * s) for m, s in zip(mean, spread, strict=True)]
         drawn[3] *= agent
@@ -506,13 +518,15 @@ def _sample(maps: np.ndarray, where: np.ndarray) -> np.ndarray:
     """
     where = np.clip(where, 0, np.array(maps.shape[:3])[:, None] - 1.001).astype(np.float32)
     corner = where.astype(np.int32)
-    part = where - corner
-    strides = np.array([maps.shape[1] * maps.shape[2], maps.shape[2], 1], dtype=np.int32)
-    base, flat = strides @ corner, maps.reshape(-1, maps.shape[3])
+    (x1, y1, z1) = part = where - corner
+    x0, y0, z0 = 1 - part
+    base, flat = np.ravel_multi_index(corner, maps.shape[:3]), maps.reshape(-1, maps.shape[3])
+    across, up = maps.shape[1] * maps.shape[2], maps.shape[2]
     values = np.zeros((where.shape[1], maps.shape[3]), dtype=np.float32)
-    for step in np.ndindex(2, 2, 2):
-        weight = np.prod([part[a] if step[a] else 1 - part[a] for a in range(3)], axis=0)
-        values += weight[:, None] * flat.take(base + int(strides @ np.array(step)), axis=0)
+    for along_x, weight_x in ((0, x0), (across, x1)):
+        for along_y, weight_xy in ((0, weight_x * y0), (up, weight_x * y1)):
+            for along_z, weight in ((0, weight_xy * z0), (1, weight_xy * z1)):
+                values += weight[:, None] * flat.take(base + (along_x + along_y + along_z), axis=0)
     return values
 
 

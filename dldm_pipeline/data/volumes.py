@@ -1,0 +1,531 @@
+"""Real scans into aligned slices: NIfTI files and DICOM series, one folder per subject, no file renamed.
+
+    scans = find_scans("SCANS")
+    for scan in scans:
+        rows, notes = read_scan(scan, ["T1", "T1CE", "T2", "FLAIR"], image_size=128)
+
+What happens to a scan, in this order:
+
+1. Its files are told apart by their names, see `dldm_pipeline.modalities.find_modality`.
+2. All volumes come to one grid. A volume whose shape or affine differs from the others' is resampled, with a note that
+   names the file, or refused if `strict`.
+3. The axes are turned to the closest canonical orientation (right, anterior, superior).
+4. The brain is what differs from the background. Volumes are expected to be skull-stripped, where the background is one
+   constant value; otherwise the head is taken for the brain.
+5. Each volume is mapped to [0, 1] by one window: percentiles 0.5 and 99.8 of its own brain voxels, never per slice.
+6. Slices with tumour are kept; without a mask, those with at least 30 % of the largest slice's brain area.
+7. One square box per subject is cut around the brain and resized with anti-aliasing, the mask with nearest neighbour.
+
+**Display convention.** Slices are axial and lie as radiologists look at them, from the feet: row 0 is anterior (the
+nose is up), column 0 is the patient's right. `slice_index` counts from inferior to superior.
+"""
+
+import collections
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.processing import resample_from_to
+from PIL import Image
+from scipy import ndimage
+
+from dldm_pipeline.modalities import CANONICAL_MODALITIES, MASK, check_modalities, find_modality
+
+WINDOW = (0.5, 99.8)  # percentiles of the brain voxels that become 0 and 1
+MIN_BRAIN_AREA = 0.3  # of the largest slice's: below are the vertex and the brain stem
+MIN_TUMOUR_PIXELS = 4  # after resizing; less is no label to learn from
+BOX_MARGIN = 1.04  # side of the box over the brain's longest extent
+_NIFTI = (".nii", ".nii.gz")
+_DICOM = (".dcm", ".ima")
+_GRID_TOLERANCE = 1e-2  # mm and mm per voxel: publishers round affines
+_GENERIC_FOLDERS = ("anat", "nifti", "nii", "dicom")
+
+
+@dataclasses.dataclass
+class Scan:
+    """The files of one subject at one time.
+
+    Attributes:
+        subject (`str`): Who it is; what the split goes by. Two sessions of one person have the same subject.
+        source (`str`): The folder, relative to the root that was searched.
+        files (`dict[str, Path]`): For each modality found, and `"mask"`, its NIfTI file or the folder of its DICOM
+            series.
+        series (`dict[str, str]`): For each modality that is a DICOM series, its SeriesInstanceUID.
+        problem (`str`, *optional*): Why this scan cannot be used, if it is known from the names alone.
+    """
+
+    subject: str
+    source: str
+    files: dict[str, Path] = dataclasses.field(default_factory=dict)
+    series: dict[str, str] = dataclasses.field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclasses.dataclass
+class ScanReport:
+    """What became of one scan: a line of the table that `training/prepare_dataset.py` prints.
+
+    Attributes:
+        subject (`str`): See `Scan`.
+        source (`str`): See `Scan`.
+        modalities (`tuple[str, ...]`): Wanted modalities that it has, `"mask"` last if it has one.
+        slices (`int`): Number of slices taken.
+        notes (`list[str]`): What was done to it that the user should know.
+        left_out (`str`, *optional*): Why it was left out, if it was.
+    """
+
+    subject: str
+    source: str
+    modalities: tuple[str, ...] = ()
+    slices: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
+    left_out: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding the files
+
+
+def find_scans(root: str | os.PathLike) -> list[Scan]:
+    """Find every subject's files below a folder.
+
+    A folder that holds images with known names is one scan. It may be `root` itself, lie below it at any depth, or be a
+    BIDS folder (`sub-01/ses-01/anat`, with lesion masks under `derivatives` too). A sub-folder named like a modality
+    that holds one image, or one DICOM series, counts to its parent (`patient/T1/*.dcm`).
+
+    Args:
+        root (`str` or `os.PathLike`): Folder to search.
+
+    Returns:
+        `list[Scan]`: The scans in order of their folders. Those that cannot be used have `problem` set.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it is a file, or holds no image at all.
+        ImportError: If there are DICOM files and pydicom is not installed.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"{root} does not exist; give the folder that holds one folder per subject.")
+    if not root.is_dir():
+        raise ValueError(f"{root} is a file; give the folder that holds one folder per subject.")
+
+    found: dict[Path, list[tuple[str | None, Path, str | None]]] = {}  # folder: (modality, file, DICOM series)
+    derived: list[Path] = []
+    for here, below, names in os.walk(root, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        folder = Path(here)
+        images = _images_in(folder, sorted(names))
+        if not images:
+            continue
+        if "derivatives" in folder.relative_to(root).parts:
+            derived += [path for modality, path, _ in images if modality == MASK]
+            continue
+        own = find_modality(folder.name)
+        if len(images) == 1 and own is not None and folder != root and images[0][0] in (own, None):
+            found.setdefault(folder.parent, []).append((own, *images[0][1:]))
+        else:
+            found.setdefault(folder, []).extend(images)
+
+    scans = [_make_scan(root, folder, images, derived) for folder, images in sorted(found.items())]
+    covered = [folder.relative_to(root).parts for folder in found]
+    for child in sorted(root.iterdir()):
+        is_subject = child.is_dir() and not child.name.startswith(".") and child.name != "derivatives"
+        if is_subject and scans and root not in found and not any(parts[0] == child.name for parts in covered):
+            scans.append(Scan(child.name, child.name, problem="the folder holds no NIfTI file and no DICOM series"))
+    if not found:
+        raise ValueError(
+            f"{root} holds no scans: no .nii, .nii.gz or DICOM file was found in it or below; "
+            "give the folder that holds one folder per subject."
+        )
+    return scans
+
+
+def _images_in(folder: Path, names: list[str]) -> list[tuple[str | None, Path, str | None]]:
+    """Modality, file and DICOM series of every image that lies directly in a folder."""
+    images: list[tuple[str | None, Path, str | None]] = []
+    dicoms = []
+    for name in names:
+        if name.startswith("."):
+            continue
+        if name.lower().endswith(_NIFTI):
+            images.append((find_modality(name), folder / name, None))
+        elif name.lower().endswith(_DICOM) or ("." not in name and _is_dicom(folder / name)):
+            dicoms.append(folder / name)
+    if dicoms:
+        series: dict[str, str] = {}
+        for path in dicoms:
+            header = _pydicom().dcmread(path, stop_before_pixels=True, force=True)
+            uid = str(header.get("SeriesInstanceUID", ""))
+            if uid and uid not in series:
+                series[uid] = " ".join(str(header.get(key, "")) for key in ("SeriesDescription", "ProtocolName"))
+        for uid, description in series.items():
+            modality = find_modality(description.replace("/", " "))
+            images.append((modality or (find_modality(folder.name) if len(series) == 1 else None), folder, uid))
+    return images
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+    except ImportError as error:
+        raise ImportError("reading DICOM needs pydicom: run `pip install pydicom` and try again.") from error
+    return pydicom
+
+
+def _make_scan(
+    root: Path, folder: Path, images: list[tuple[str | None, Path, str | None]], derived: list[Path]
+) -> Scan:
+    """Name the subject and sort its images by modality."""
+    parts = list(folder.relative_to(root).parts)
+    source = "/".join(parts) or root.resolve().name
+    bids = next((at for at, part in enumerate(parts) if part.startswith("sub-")), None)
+    if bids is not None:
+        parts = parts[: bids + 1]
+    while parts and (parts[-1].lower() in _GENERIC_FOLDERS or parts[-1].startswith("ses-")):
+        parts.pop()
+    scan = Scan("/".join(parts) or root.resolve().name, source)
+
+    if bids is not None and not any(modality == MASK for modality, _, _ in images):
+        wanted = {part for part in Path(source).parts if part.startswith(("sub-", "ses-"))}
+        images = images + [(MASK, path, None) for path in derived if wanted <= set(path.parts)]
+    by_modality: dict[str, list[tuple[Path, str | None]]] = {}
+    for modality, path, uid in images:
+        if modality is not None:
+            by_modality.setdefault(modality, []).append((path, uid))
+    for modality in (*CANONICAL_MODALITIES, MASK):
+        if modality in by_modality:
+            scan.files[modality], uid = by_modality[modality][0]
+            if uid is not None:
+                scan.series[modality] = uid
+    twice = {modality: entries for modality, entries in by_modality.items() if len(entries) > 1}
+    if twice:
+        modality, entries = next(iter(twice.items()))
+        names = ", ".join(path.name if uid is None else f"series {uid}" for path, uid in entries)
+        scan.problem = f"{len(entries)} files for {modality}: {names}; keep one, and one folder per subject"
+    elif not set(scan.files) - {MASK}:
+        names = ", ".join(path.name for _, path, _ in images[:4])
+        scan.problem = f"no file name tells a modality: {names}"
+    return scan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading one scan
+
+
+def read_scan(
+    scan: Scan, modalities: Sequence[str], image_size: int = 128, strict: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Turn one scan into rows for `dldm_pipeline.data.slices.write_slices`.
+
+    Args:
+        scan (`Scan`): What to read, from `find_scans`.
+        modalities (`Sequence[str]`): Modalities wanted. Those that the scan lacks are `None` in its rows.
+        image_size (`int`, *optional*, defaults to 128): Height and width of the slices.
+        strict (`bool`, *optional*, defaults to `False`): Refuse volumes of different grids instead of resampling them.
+
+    Returns:
+        `tuple[list[dict], list[str]]`: The rows (images float32 (image_size, image_size) in [0, 1], mask uint8 {0, 1}
+        or `None`), and notes on what was done.
+
+    Raises:
+        ValueError: If the scan cannot be used. The message names the file and says why.
+    """
+    if scan.problem:
+        raise ValueError(scan.problem)
+    wanted = [name for name in modalities if name in scan.files]
+    if not wanted:
+        raise ValueError(f"none of {', '.join(modalities)} among its files; it has {', '.join(scan.files)}")
+    names = wanted + ([MASK] if MASK in scan.files else [])
+    lacking = [name for name in modalities if name not in scan.files]
+    notes = [f"lacks {', '.join(lacking)}"] if lacking else []
+
+    volumes = {name: _load(scan, name) for name in names}
+    volumes = _to_one_grid(scan, volumes, strict, notes)
+    spacing = next(iter(volumes.values())).header.get_zooms()[:3]
+    # Float32 arrays from here on; the mask first, so that an empty one is found before the slow part.
+    tumour = None
+    if MASK in volumes:
+        tumour = np.rint(np.asanyarray(volumes.pop(MASK).dataobj)) > 0
+        if not tumour.any():
+            raise ValueError(f"{scan.files[MASK].name} holds no tumour: every voxel is 0")
+
+    arrays, brains = {}, {}
+    for name in wanted:
+        array = np.asanyarray(volumes.pop(name).dataobj).astype(np.float32)
+        arrays[name], brains[name] = _window(array, scan.files[name].name)
+    brain = np.logical_or.reduce(list(brains.values()))
+    for name in wanted:
+        share = np.count_nonzero(brains[name]) / np.count_nonzero(brain)
+        if share < 0.95:
+            notes.append(f"{scan.files[name].name} covers {share:.0%} of the brain only")
+    del brains
+
+    areas = brain.sum(axis=(0, 1))
+    if tumour is not None:
+        chosen = np.flatnonzero(tumour.any(axis=(0, 1)) & (areas > 0))
+    else:
+        notes.append(f"no mask: all slices with at least {MIN_BRAIN_AREA:.0%} of the largest slice's brain area")
+        chosen = np.flatnonzero(areas >= MIN_BRAIN_AREA * areas.max())
+    box, side = _brain_box(brain, spacing)
+    rows = []
+    for index in chosen:
+        row: dict[str, Any] = {"subject": scan.subject, "slice_index": int(index), "source": scan.source}
+        row["mask"] = None
+        if tumour is not None:
+            row["mask"] = _cut(tumour[:, :, index].astype(np.float32), box, image_size, Image.Resampling.NEAREST)
+            row["mask"] = row["mask"].astype(np.uint8)
+            if row["mask"].sum() < MIN_TUMOUR_PIXELS:
+                continue
+        for name in modalities:
+            row[name] = None
+            if name in arrays:
+                slice_ = _cut(arrays[name][:, :, index], box, image_size, Image.Resampling.BICUBIC)
+                row[name] = np.clip(slice_, 0, 1)
+        row["pixel_spacing"] = (side / image_size, side / image_size)
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"no slice shows {MIN_TUMOUR_PIXELS} pixels of tumour at {image_size}x{image_size}")
+    return rows, notes
+
+
+def _load(scan: Scan, name: str) -> nib.Nifti1Image:
+    """Read one volume, check its values, and turn it to canonical orientation. Integers stay integers, for memory."""
+    path = scan.files[name]
+    try:
+        image = _load_dicom(path, scan.series[name]) if name in scan.series else nib.load(path)
+        if len(image.shape) > 3 and set(image.shape[3:]) == {1}:
+            image = image.slicer[:, :, :, 0]
+        if len(image.shape) != 3:
+            raise ValueError(f"{path.name} has shape {image.shape}; a volume of three dimensions is needed")
+        slope, intercept = getattr(image.dataobj, "slope", 1), getattr(image.dataobj, "inter", 0)
+        plain = slope == 1 and intercept == 0 and image.get_data_dtype().kind in "iu"
+        data = np.asanyarray(image.dataobj) if plain else image.get_fdata(dtype=np.float32)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.name} is missing: {path}") from error
+    except (OSError, EOFError, nib.filebasedimages.ImageFileError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(path.name):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path.name} cannot be read, it is damaged or cut short ({reason})") from error
+
+    if data.dtype.kind == "f" and not np.isfinite(data).all():
+        number = data.size - int(np.isfinite(data).sum())
+        raise ValueError(f"{path.name} has {number} voxels that are NaN or infinite")
+    if data.min() == data.max() and name != MASK:
+        raise ValueError(f"{path.name} is constant: every voxel is {data.flat[0]:g}")
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+        raise ValueError(f"{path.name} has no usable affine, so its orientation is unknown")
+    return nib.as_closest_canonical(nib.Nifti1Image(data, image.affine, dtype=data.dtype))
+
+
+def _load_dicom(folder: Path, uid: str) -> nib.Nifti1Image:
+    """Stack the files of one DICOM series along the normal of their slices."""
+    pydicom = _pydicom()
+    slices = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (path.suffix.lower() in _DICOM or not path.suffix):
+            dataset = pydicom.dcmread(path, force=True)
+            if str(dataset.get("SeriesInstanceUID", "")) == uid:
+                slices.append(dataset)
+    first = slices[0]
+    if not all("ImagePositionPatient" in item and "ImageOrientationPatient" in item for item in slices):
+        raise ValueError(f"{folder.name} is no stack of slices: a file has no ImagePositionPatient")
+    along_row, along_column = np.reshape(np.asarray(first.ImageOrientationPatient, dtype=float), (2, 3))
+    normal = np.cross(along_row, along_column)
+    slices.sort(key=lambda item: float(np.dot(normal, np.asarray(item.ImagePositionPatient, dtype=float))))
+    positions = np.array([item.ImagePositionPatient for item in slices], dtype=float)
+    steps = np.diff(positions @ normal)
+    if len(slices) < 2 or steps.min() <= 0 or steps.max() - steps.min() > 0.1 * np.median(steps):
+        raise ValueError(f"{folder.name} has {len(slices)} slices at uneven distances: one is missing or there twice")
+    # DICOM: row spacing first; its axes point left and posterior, NIfTI's right and anterior.
+    between_rows, between_columns = (float(value) for value in first.PixelSpacing)
+    affine = np.eye(4)
+    affine[:3, 0] = along_row * between_columns
+    affine[:3, 1] = along_column * between_rows
+    affine[:3, 2] = (positions[-1] - positions[0]) / (len(slices) - 1)
+    affine[:3, 3] = positions[0]
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    planes = [
+        item.pixel_array.T * float(item.get("RescaleSlope", 1)) + float(item.get("RescaleIntercept", 0))
+        for item in slices
+    ]
+    return nib.Nifti1Image(np.stack(planes, axis=-1).astype(np.float32), affine)
+
+
+def _same_grid(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
+    return one.shape == other.shape and np.allclose(one.affine, other.affine, atol=_GRID_TOLERANCE)
+
+
+def _to_one_grid(
+    scan: Scan, volumes: dict[str, nib.Nifti1Image], strict: bool, notes: list[str]
+) -> dict[str, nib.Nifti1Image]:
+    """Bring all volumes to the grid that most of them share, the first in order if there is a tie."""
+    images = [name for name in volumes if name != MASK]
+    reference = max(images, key=lambda name: sum(_same_grid(volumes[name], volumes[other]) for other in images))
+    grid = volumes[reference]
+    for name, volume in volumes.items():
+        if _same_grid(volume, grid):
+            continue
+        reference_name = scan.files[reference].name
+        if volume.shape != grid.shape:
+            what = f"has shape {volume.shape}, {reference_name} has {grid.shape}"
+        else:
+            what = f"has another affine than {reference_name}"
+        if strict:
+            raise ValueError(f"{scan.files[name].name} {what}; register it, or run without --strict to resample it")
+        volumes[name] = resample_from_to(volume, grid, order=0 if name == MASK else 1)
+        data = np.asanyarray(volumes[name].dataobj)
+        if data.min() == data.max():
+            raise ValueError(f"{scan.files[name].name} {what}, and the two do not overlap")
+        notes.append(f"{scan.files[name].name} {what}: resampled")
+    return volumes
+
+
+def _window(array: np.ndarray, filename: str) -> tuple[np.ndarray, np.ndarray]:
+    """Map a volume to [0, 1] by percentiles of its brain. Returns it and the brain (bool)."""
+    # Skull-stripping leaves one constant value around the brain; the corners all have it.
+    corner = array[0, 0, 0]
+    background = array == corner
+    stripped = np.count_nonzero(background) > 0.2 * array.size
+    brain = ~background if stripped else array > _otsu(array)
+    if np.count_nonzero(brain) < 100:
+        raise ValueError(f"{filename} shows no brain: only {np.count_nonzero(brain)} voxels differ from the background")
+    low, high = np.percentile(array[brain], WINDOW)
+    if not high > low:
+        raise ValueError(f"{filename} is constant inside the brain: its voxels are {low:g}")
+    array -= low
+    array /= high - low
+    np.clip(array, 0, 1, out=array)
+    if stripped:
+        array[background] = 0  # a z-scored volume has darker brain than background
+    return array, brain
+
+
+def _otsu(array: np.ndarray) -> float:
+    """Otsu's threshold: the grey value that parts air from tissue with the greatest variance between the two."""
+    counts, edges = np.histogram(array, bins=256, range=(float(array.min()), float(np.percentile(array, 99.8))))
+    values = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1].astype(float)
+    above = counts.sum() - below
+    mean_below = np.cumsum(counts * values)[:-1] / np.maximum(below, 1)
+    mean_above = (np.sum(counts * values) - np.cumsum(counts * values)[:-1]) / np.maximum(above, 1)
+    return float(edges[1 + np.argmax(below * above * (mean_below - mean_above) ** 2)])
+
+
+def _brain_box(brain: np.ndarray, spacing: Sequence[float]) -> tuple[tuple[float, float, float, float], float]:
+    """The square around the brain, in display axes, the same for all slices.
+
+    Returns (left, top, right, bottom) in pixels of the displayed slice, and the side in mm.
+    """
+    # A coarse copy is enough to drop specks that do not belong to the brain, and far quicker to label.
+    step = 2 if min(brain.shape) >= 64 else 1
+    labels, number = ndimage.label(brain[::step, ::step, ::step])
+    sizes = np.bincount(labels.ravel())[1:]
+    x, y, _ = ndimage.find_objects(labels)[int(np.argmax(sizes))] if number else (slice(0), slice(0), None)
+    width, height = brain.shape[0], brain.shape[1]
+    # Display turns both axes round, see `_display`.
+    left, right = width - min(x.stop * step, width), width - x.start * step
+    top, bottom = height - min(y.stop * step, height), height - y.start * step
+    side = BOX_MARGIN * max((right - left) * spacing[0], (bottom - top) * spacing[1])
+    middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
+    half_x, half_y = side / spacing[0] / 2, side / spacing[1] / 2
+    return (middle_x - half_x, middle_y - half_y, middle_x + half_x, middle_y + half_y), float(side)
+
+
+def _display(plane: np.ndarray) -> np.ndarray:
+    """An axial plane (right, anterior) as an image: row 0 anterior, column 0 the patient's right."""
+    return plane[::-1, ::-1].T
+
+
+def _cut(plane: np.ndarray, box: tuple[float, float, float, float], size: int, method: Image.Resampling) -> np.ndarray:
+    """Cut the box out of an axial plane, in display orientation, and resize it; outside the plane is 0."""
+    image = _display(plane)
+    pad = int(np.ceil(max(0, -box[0], -box[1], box[2] - image.shape[1], box[3] - image.shape[0]))) + 1
+    image = np.pad(image, pad).astype(np.float32)
+    shifted = tuple(edge + pad for edge in box)
+    # Pillow widens its filters when it shrinks an image, which is the anti-aliasing.
+    return np.asarray(Image.fromarray(image).resize((size, size), method, box=shifted))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading many
+
+
+def read_scans(
+    scans: Iterable[Scan],
+    modalities: Sequence[str],
+    image_size: int = 128,
+    strict: bool = False,
+    num_workers: int = 1,
+) -> Iterator[tuple[ScanReport, list[dict[str, Any]]]]:
+    """Read scans one after the other, in order, at most `num_workers + 1` of them in memory.
+
+    Args:
+        scans (`Iterable[Scan]`): What to read, from `find_scans`.
+        modalities (`Sequence[str]`): Modalities wanted.
+        image_size (`int`, *optional*, defaults to 128): Height and width of the slices.
+        strict (`bool`, *optional*, defaults to `False`): Stop at the first scan that cannot be used, and refuse to
+            resample.
+        num_workers (`int`, *optional*, defaults to 1): Processes that read; 1 reads in this one.
+
+    Yields:
+        `tuple[ScanReport, list[dict]]`: What became of a scan, and its rows; no rows if it was left out.
+
+    Raises:
+        ValueError: With `strict`, if a scan cannot be used. The message names folder and file.
+    """
+    modalities = check_modalities(modalities)
+
+    def report(scan: Scan, outcome: tuple[list[dict[str, Any]], list[str], str | None]) -> tuple[ScanReport, list]:
+        rows, notes, left_out = outcome
+        if strict and left_out:
+            raise ValueError(f"{scan.source}: {left_out}.")
+        has = tuple(name for name in (*modalities, MASK) if name in scan.files)
+        return ScanReport(scan.subject, scan.source, has, len(rows), notes, left_out), rows
+
+    if num_workers <= 1:
+        for scan in scans:
+            yield report(scan, _try_scan(scan, modalities, image_size, strict))
+        return
+    # "spawn": forking a process that already runs torch's threads can hang.
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        waiting: collections.deque = collections.deque()
+        try:
+            for scan in scans:
+                waiting.append((scan, pool.submit(_try_scan, scan, modalities, image_size, strict)))
+                if len(waiting) > num_workers:
+                    scan, future = waiting.popleft()
+                    yield report(scan, future.result())
+            while waiting:
+                scan, future = waiting.popleft()
+                yield report(scan, future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _try_scan(
+    scan: Scan, modalities: Sequence[str], image_size: int, strict: bool
+) -> tuple[list[dict[str, Any]], list[str], str | None]:
+    """`read_scan`, with the reason for leaving it out in place of an exception, as it must cross processes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of nibabel and pydicom, about headers; what matters becomes a note
+            return *read_scan(scan, modalities, image_size, strict), None
+    except ValueError as error:
+        return [], [], str(error)

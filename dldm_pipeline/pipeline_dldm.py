@@ -1,0 +1,439 @@
+"""Draws synthetic subjects: aligned images of every modality, with the tumour mask, from noise alone.
+
+Source: Na et al., "Generation of Multi-modal Brain Tumor MRIs with Disentangled Latent Diffusion Model", MIDL 2023. The paper
+fixes z_struct while z_style varies and does not say how; here the structure is drawn once and every style is then drawn
+given the clean structure (`benchmarks/structure_ways.py` compares this with the other ways). This file imports torch and
+diffusers only: it is also published as remote code.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class DLDMPipelineOutput(BaseOutput):
+    """What [`DLDMPipeline`] returns: S subjects in M modalities.
+
+    Args:
+        images (`np.ndarray`, `torch.Tensor` or `list[list[PIL.Image.Image]]`):
+            (S, M, H, W) float32 in [0, 1] for `output_type` "np" and "pt"; for "pil" one list a subject of M 8-bit grey
+            images; `None` for "latent".
+        masks (`np.ndarray`, `torch.Tensor` or `list[PIL.Image.Image]`):
+            The tumour masks: (S, H, W) bool for "np" and "pt"; for "pil" S grey images of 0 and 255; `None` for "latent".
+        structure (`torch.Tensor`):
+            (S, c_s, h, w), the anatomies in the autoencoder's own scale; give it back as `structure=`.
+        styles (`torch.Tensor`):
+            (S, M, c_t) or (S, M, c_t, h, w), the appearances in the autoencoder's own scale; give it back as `styles=`.
+        modalities (`list[str]`): the M names.
+    """
+
+    images: np.ndarray | torch.Tensor | list[list[PIL.Image.Image]] | None
+    masks: np.ndarray | torch.Tensor | list[PIL.Image.Image] | None
+    structure: torch.Tensor
+    styles: torch.Tensor
+    modalities: list[str]
+
+    @property
+    def by_modality(self) -> dict[str, np.ndarray | torch.Tensor | list[PIL.Image.Image]]:
+        """The images by modality name: (S, H, W), or a list of S PIL images.
+
+        Raises:
+            ValueError: if there are no images (`output_type="latent"`).
+        """
+        if self.images is None:
+            raise ValueError("There are no images: the pipeline was called with `output_type='latent'`.")
+        if isinstance(self.images, list):
+            return {name: [subject[m] for subject in self.images] for m, name in enumerate(self.modalities)}
+        return {name: self.images[:, m] for m, name in enumerate(self.modalities)}
+
+
+class DLDMPipeline(DiffusionPipeline):
+    r"""
+    Pipeline that generates subjects whose modalities share one anatomy, with their tumour masks.
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Notation: S subjects, n modalities known, M modalities asked for. The denoiser's class labels are m for the pair
+    (z_struct, z_style_m) with both noised, n for its null; (n + 1) + m for z_style_m noised beside the clean z_struct,
+    2n + 1 for its null. A vector style is noised as a vector, shown to the denoiser as a flat map, and read back as the
+    mean over the map.
+
+    Parameters:
+        autoencoder ([`DisentangledAutoencoder`]):
+            Decodes (z_struct, z_style) into an image and z_struct into the mask; holds the names of the modalities and
+            the scales of the latents.
+        unet ([`UNet2DModel`]):
+            Denoises the latents; `in_channels = out_channels = c_s + c_t`, `num_class_embeds = 2 * (n + 1)`.
+        scheduler ([`SchedulerMixin`]):
+            Any scheduler of diffusers whose `step` takes (prediction, timestep, sample) and that was built for the
+            `unet`'s kind of prediction; take it `from_config` of the one that came with the pipeline.
+
+    Raises:
+        ValueError: if the `unet` does not fit the `autoencoder`.
+    """
+
+    model_cpu_offload_seq = "unet->autoencoder"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, autoencoder: ModelMixin, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__()
+        n, grid = len(autoencoder.config.modalities), autoencoder.latent_size
+        channels = autoencoder.config.structure_channels + autoencoder.config.style_channels
+        size = unet.config.sample_size
+        for name, value, expected in (
+            ("in_channels", unet.config.in_channels, channels),
+            ("out_channels", unet.config.out_channels, channels),
+            ("num_class_embeds", unet.config.num_class_embeds, 2 * (n + 1)),
+            ("sample_size", tuple(size) if isinstance(size, (list, tuple)) else (size, size), (grid, grid)),
+        ):
+            if value != expected:
+                raise ValueError(
+                    f"The unet does not fit the autoencoder: its `{name}` is {value} and must be {expected} for an "
+                    f"autoencoder of {n} modalities, {channels} latent channels and a {grid}x{grid} latent grid."
+                )
+        self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """Downloads a pipeline from the Hub into the cache and returns its folder.
+
+        diffusers' own `download` looks for the components' classes inside diffusers and fails on ours.
+
+        Args:
+            pretrained_model_name: a repository such as "owner/name".
+            kwargs: `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`; others are ignored.
+        """
+        known = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+        options = {name: kwargs[name] for name in known if kwargs.get(name) is not None}
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors", "*.py"], **options)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_subjects: int = 1,
+        modalities: str | Sequence[str] | None = None,
+        num_inference_steps: int = 50,
+        num_style_inference_steps: int = 10,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        structure: torch.Tensor | None = None,
+        styles: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DLDMPipeline", int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> DLDMPipelineOutput | tuple:
+        r"""
+        The call function to the pipeline for generation.
+
+        A seed fixes a subject: its structure and its image in one modality do not depend, to the bit, on the other
+        modalities asked for, their order, the number of subjects, or the output type. (On one machine, for one number
+        of threads and of steps.)
+
+        Args:
+            num_subjects (`int`, *optional*, defaults to 1):
+                The number S of subjects.
+            modalities (`str` or `list[str]`, *optional*):
+                The modalities wanted, in the order wanted; all of the autoencoder's by default.
+            num_inference_steps (`int`, *optional*, defaults to 50):
+                Denoising steps of the structure.
+            num_style_inference_steps (`int`, *optional*, defaults to 10):
+                Denoising steps of the styles: far fewer do, as the structure is known by then.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Classifier-free guidance towards the modality, at least 1; above 1 it is on and doubles the time.
+            eta (`float`, *optional*, defaults to 0.0):
+                The noise of a DDIM step, from 0 (deterministic) to 1; ignored by schedulers that do not take it.
+            generator (`torch.Generator` or a list of them, *optional*):
+                One, or one a subject. Each subject takes n + 1 integers from its generator (subject after subject, where
+                there is one generator): the seeds of its structure and of its style in each modality.
+            structure (`torch.Tensor`, *optional*):
+                (S or 1, c_s, h, w), anatomies to render instead of new ones, from an output's `structure` or the
+                autoencoder's `encode`.
+            styles (`torch.Tensor`, *optional*):
+                (S or 1, M, c_t) or (S or 1, M, c_t, h, w), appearances to use instead of new ones, in the order of
+                `modalities`.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                "pil", "np", "pt", or "latent" for no decoding (`images` and `masks` are then `None`).
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether or not to return a [`DLDMPipelineOutput`] instead of a plain tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step; `step` counts on from
+                the structure's steps to the styles'. The latents are (S, c_s + c_t, h, w) in the structure's steps and
+                (S * M, c_s + c_t, h, w) in the styles'; those in the dictionary it returns replace them.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                What the callback is given.
+
+        Examples:
+
+        ```py
+        >>> import torch
+        >>> from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
+
+        >>> pipe = DLDMPipeline.from_pretrained(BUNDLED_CHECKPOINT)
+        >>> output = pipe(num_subjects=8, generator=torch.Generator().manual_seed(0))
+        >>> output.by_modality["T2"][0].save("t2.png")
+        >>> output.masks[0].save("mask.png")
+
+        >>> # the same eight anatomies as another scanner would show them
+        >>> again = pipe(num_subjects=8, structure=output.structure)
+        ```
+
+        Returns:
+            [`DLDMPipelineOutput`] or `tuple`:
+                If `return_dict` is `True`, [`DLDMPipelineOutput`] is returned, otherwise the tuple
+                `(images, masks, structure, styles, modalities)`.
+
+        Raises:
+            ValueError: on an argument that does not fit, named in the message.
+        """
+        known = list(self.autoencoder.config.modalities)
+        names = known if modalities is None else [modalities] if isinstance(modalities, str) else list(modalities)
+        self.check_inputs(
+            num_subjects,
+            names,
+            num_inference_steps,
+            num_style_inference_steps,
+            guidance_scale,
+            generator,
+            structure,
+            styles,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        wanted = [known.index(name) for name in names]
+        device = self._execution_device
+        seeds = self._draw_seeds(num_subjects, generator)
+        options = {
+            "guidance_scale": guidance_scale,
+            "eta": eta,
+            "callback": callback_on_step_end,
+            "callback_inputs": callback_on_step_end_tensor_inputs,
+        }
+
+        # 1. The structure, always as one half of a pair under label 0, so that it does not depend on what is asked for.
+        steps_done = 0
+        if structure is None:
+            z_struct, _ = self._denoise(
+                [0] * num_subjects, len(known), [seed[0] for seed in seeds], num_inference_steps, **options
+            )
+            structure = self.autoencoder.denormalize_structure(z_struct)
+            steps_done = len(self.scheduler.timesteps)
+        structure = structure.to(device, torch.float32).expand(num_subjects, -1, -1, -1)
+
+        # 2. The style of each modality given the clean structure: S * M rows, subject by subject.
+        if styles is None:
+            _, z_style = self._denoise(
+                [len(known) + 1 + m for _ in range(num_subjects) for m in wanted],
+                2 * len(known) + 1,
+                [seed[1 + m] for seed in seeds for m in wanted],
+                num_style_inference_steps,
+                z_struct=self.autoencoder.normalize_structure(structure).repeat_interleave(len(wanted), dim=0),
+                first_step=steps_done,
+                **options,
+            )
+            styles = self.autoencoder.denormalize_style(z_style.unflatten(0, (num_subjects, len(wanted))))
+        styles = styles.to(device, torch.float32).expand(num_subjects, *styles.shape[1:])
+
+        # 3. The images and masks.
+        images, masks = None, None
+        if output_type != "latent":
+            images, masks = self._decode(structure, styles, wanted)
+            if output_type != "pt":
+                images, masks = images.cpu().numpy(), masks.cpu().numpy()
+            if output_type == "pil":
+                images = [
+                    [PIL.Image.fromarray(image) for image in subject]
+                    for subject in (images * 255).round().astype(np.uint8)
+                ]
+                masks = [PIL.Image.fromarray(mask) for mask in masks.astype(np.uint8) * 255]
+
+        # Offload all models
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images, masks, structure, styles, names)
+        return DLDMPipelineOutput(images=images, masks=masks, structure=structure, styles=styles, modalities=names)
+
+    def check_inputs(
+        self,
+        num_subjects: int,
+        modalities: list[str],
+        num_inference_steps: int,
+        num_style_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        structure: torch.Tensor | None,
+        styles: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises a `ValueError` that names the first argument of `__call__` that does not fit."""
+        for name, value in (
+            ("num_subjects", num_subjects),
+            ("num_inference_steps", num_inference_steps),
+            ("num_style_inference_steps", num_style_inference_steps),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        known = list(self.autoencoder.config.modalities)
+        unknown = [name for name in modalities if name not in known]
+        if unknown:
+            raise ValueError(f"`modalities` has {unknown}, which this model does not know; it knows {known}.")
+        if not modalities or len(set(modalities)) != len(modalities):
+            raise ValueError(f"`modalities` must name at least one of {known} and none twice, got {modalities}.")
+        if not guidance_scale >= 1:
+            raise ValueError(f"`guidance_scale` must be at least 1 (no guidance), got {guidance_scale!r}.")
+        if isinstance(generator, (list, tuple)) and len(generator) != num_subjects:
+            raise ValueError(
+                f"`generator` must be one generator or one for each of the {num_subjects} subjects, got {len(generator)}."
+            )
+        c_s, c_t = self.autoencoder.config.structure_channels, self.autoencoder.config.style_channels
+        grid = (self.autoencoder.latent_size,) * 2
+        style_shape = (c_t, *grid) if self.autoencoder.config.style_type == "map" else (c_t,)
+        for name, value, shape in (
+            ("structure", structure, (c_s, *grid)),
+            ("styles", styles, (len(modalities), *style_shape)),
+        ):
+            if value is None:
+                continue
+            if not torch.is_tensor(value):
+                raise ValueError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}.")
+            if tuple(value.shape[1:]) != shape or value.shape[0] not in (1, num_subjects):
+                raise ValueError(
+                    f"`{name}` must have the shape {(num_subjects, *shape)} for `num_subjects={num_subjects}` and "
+                    f"`modalities={modalities}` (or 1 in place of {num_subjects}), got {tuple(value.shape)}."
+                )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; only {self._callback_tensor_inputs} can be given."
+            )
+        for name in ("clip_sample", "thresholding"):
+            if self.scheduler.config.get(name, False):
+                raise ValueError(
+                    f"The scheduler has `{name}=True`, which is for pixels and destroys latents; build it with "
+                    f"`{type(self.scheduler).__name__}.from_config(scheduler.config, {name}=False)`."
+                )
+
+    def _draw_seeds(
+        self, num_subjects: int, generator: torch.Generator | Sequence[torch.Generator] | None
+    ) -> list[list[int]]:
+        # A stream for the structure and one for each modality, asked for or not: what one draws does not move another.
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * num_subjects
+        count = 1 + len(self.autoencoder.config.modalities)
+        return [
+            torch.randint(2**63 - 1, (count,), generator=g, device="cpu" if g is None else g.device).tolist()
+            for g in generators
+        ]
+
+    def _denoise(
+        self,
+        labels: list[int],
+        null_label: int,
+        seeds: list[int],
+        num_inference_steps: int,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        z_struct: torch.Tensor | None = None,
+        first_step: int = 0,
+        callback: Callable | None = None,
+        callback_inputs: Sequence[str] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws (z_struct, z_style) of each row, or z_style alone where a clean `z_struct` is given; normalised scale.
+
+        Args:
+            labels: R class labels; `null_label` is the one that stands for no label.
+            seeds: R seeds, one for all the noise of a row.
+            z_struct: (R, c_s, h, w) or `None`.
+
+        Returns:
+            (R, c_s, h, w) and (R, c_t) or (R, c_t, h, w), float32.
+        """
+        device = self._execution_device
+        c_s, grid = self.autoencoder.config.structure_channels, self.autoencoder.latent_size
+        is_vector = self.autoencoder.config.style_type == "vector"
+        c_t = self.autoencoder.config.style_channels
+        style_shape = (c_t,) if is_vector else (c_t, grid, grid)
+        structure_size = c_s * grid * grid if z_struct is None else 0
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_options = {k: v for k, v in (("eta", eta), ("generator", generators)) if k in accepted}
+
+        # What is drawn lies flat in one row of the state: schedulers work number by number, and so a style vector gets one
+        # noise even from those that add noise at each step.
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        shape = (len(labels), structure_size + int(np.prod(style_shape)))
+        state = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+        state = state * self.scheduler.init_noise_sigma
+
+        def to_map(state):
+            structure, style = state[:, :structure_size], state[:, structure_size:].unflatten(1, style_shape)
+            style = style[:, :, None, None].expand(-1, -1, grid, grid) if is_vector else style
+            structure = structure.unflatten(1, (c_s, grid, grid)) if z_struct is None else z_struct
+            return torch.cat([structure, style], dim=1)
+
+        def to_state(latents):
+            style = latents[:, c_s:].mean(dim=(2, 3)) if is_vector else latents[:, c_s:].flatten(1)
+            return style if z_struct is not None else torch.cat([latents[:, :c_s].flatten(1), style], dim=1)
+
+        # The result of a network on one row changes in the last bits with the number of rows in the call (measured: oneDNN
+        # picks another kernel), though not with the place or the neighbours. So every call has the same number of rows.
+        rows = 4 if device.type == "cpu" else 16
+        labels = torch.tensor(labels, device=device)
+
+        def predict(latents, t, labels):
+            predictions = []
+            for start in range(0, len(latents), rows):
+                at = torch.arange(start, start + rows, device=device).clamp(max=len(latents) - 1)
+                sample = self.unet(latents[at].to(self.unet.dtype), t, class_labels=labels[at]).sample.float()
+                predictions.append(to_state(sample)[: len(latents) - start])
+            return torch.cat(predictions)
+
+        timesteps = self.scheduler.timesteps
+        progress_bar = self.progress_bar(timesteps)
+        progress_bar.set_description("structure" if z_struct is None else "styles")
+        for i, t in enumerate(progress_bar):
+            latents = to_map(self.scheduler.scale_model_input(state, t))
+            prediction = predict(latents, t, labels)
+            if guidance_scale > 1:
+                unguided = predict(latents, t, torch.full_like(labels, null_label))
+                prediction = unguided + guidance_scale * (prediction - unguided)
+            state = self.scheduler.step(prediction, t, state, **step_options, return_dict=False)[0]
+            if callback is not None:
+                latents = to_map(state)
+                given = {"latents": latents} if "latents" in callback_inputs else {}
+                returned = (callback(self, first_step + i, t, given) or {}).get("latents", latents)
+                state = state if returned is latents else to_state(returned)
+
+        structure, style = state[:, :structure_size], state[:, structure_size:].unflatten(1, style_shape)
+        return (structure.unflatten(1, (c_s, grid, grid)) if z_struct is None else z_struct), style
+
+    def _decode(
+        self, structure: torch.Tensor, styles: torch.Tensor, wanted: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # One subject a call and each style in its modality's own place, so that an image does not depend on the others.
+        images, masks = [], []
+        dtype = self.autoencoder.dtype
+        for z_struct, z_style in zip(structure, styles, strict=True):
+            places = z_style.new_zeros(len(self.autoencoder.config.modalities), *z_style.shape[1:])
+            places[wanted] = z_style
+            decoded = self.autoencoder.decode(z_struct[None].to(dtype), places[None].to(dtype))
+            images.append(decoded.sample[0, wanted].float().clamp(0, 1))
+            masks.append(decoded.mask[0] > 0)
+        return torch.stack(images), torch.stack(masks)

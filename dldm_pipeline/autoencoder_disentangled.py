@@ -5,6 +5,7 @@ n + 1 latents, pair decoding, style mixing and averaged loss). Encoding any subs
 from the structure are ours. This file imports torch and diffusers only: it is also published as remote code.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,7 @@ class DisentangledEncoderOutput(BaseOutput):
 
     Args:
         structure_dist: posterior of `z_struct`, mode of shape (B, c_s, h, w): one for each subject, whatever was present.
-        style_dist: posterior of the n styles as one distribution over (B, n * c_t, h or 1, w or 1); use
-            `DisentangledEncoderOutput.style_mode()` / `.style_sample()` for the shape (B, n, c_t) or (B, n, c_t, h, w).
+        style_dist: posterior of the n styles, mode of shape (B, n, c_t) or (B, n, c_t, h, w).
     """
 
     structure_dist: DiagonalGaussianDistribution
@@ -44,20 +44,27 @@ class DisentangledDecoderOutput(BaseOutput):
 
 
 class StyleDistribution(DiagonalGaussianDistribution):
-    """A diagonal Gaussian over styles whose draws have the shape (B, n, c_t) or (B, n, c_t, h, w)."""
+    """A diagonal Gaussian over styles whose draws have the shape (B, n, c_t) or (B, n, c_t, h, w).
 
-    def __init__(self, parameters: torch.Tensor, num_modalities: int):
+    Args:
+        parameters: (B * n, 2 * c_t, h, w), with h = w = 1 for a style vector.
+        num_modalities: n.
+        style_type: "vector" or "map".
+    """
+
+    def __init__(self, parameters: torch.Tensor, num_modalities: int, style_type: str):
         super().__init__(parameters)
-        self._style_shape = (parameters.shape[0] // num_modalities, num_modalities, parameters.shape[1] // 2)
+        self._num_modalities, self._style_type = num_modalities, style_type
 
-    def _reshape(self, z: torch.Tensor) -> torch.Tensor:
-        return z.reshape(*self._style_shape, *z.shape[2:])
+    def _by_subject(self, z: torch.Tensor) -> torch.Tensor:
+        z = z.unflatten(0, (-1, self._num_modalities))
+        return z if self._style_type == "map" else z[..., 0, 0]
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        return self._reshape(super().sample(generator))
+        return self._by_subject(super().sample(generator))
 
     def mode(self) -> torch.Tensor:
-        return self._reshape(super().mode())
+        return self._by_subject(super().mode())
 
 
 class ResBlock(nn.Module):
@@ -122,7 +129,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         structure_channels: int = 16,
         style_channels: int = 8,
         style_type: str = "vector",
-        encoder_channels: tuple[int, int] = (32, 128),
+        encoder_channels: tuple[int, int] = (32, 96),
         encoder_blocks: int = 1,
         decoder_channels: tuple[int, int] = (128, 64),
         decoder_blocks: int = 2,
@@ -150,7 +157,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.modality_embedding = nn.Embedding(n, e0)
         self.encoder_in = nn.Conv2d(patch_channels, e0, 3, padding=1)
         self.encoder_fine = nn.ModuleList(ResBlock(e0, e0) for _ in range(encoder_blocks))
-        self.encoder_down = nn.Conv2d(4 * e0, e1, 3, padding=1)
+        self.encoder_down = nn.Conv2d(4 * e0, e1, 1)
         self.encoder_coarse = nn.ModuleList(ResBlock(e1, e0) for _ in range(encoder_blocks))
         self.fusion_weight = nn.Conv2d(e1, e1, 1)
         self.fusion = nn.ModuleList(ResBlock(e1) for _ in range(encoder_blocks))
@@ -163,7 +170,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.decoder_fine = nn.ModuleList(ResBlock(d0) for _ in range(decoder_blocks))
         self.style_in = nn.Sequential(nn.Conv2d(style_channels, d0, 1), nn.SiLU(), nn.Conv2d(d0, d0, 1), nn.SiLU())
         self.head_in = nn.Conv2d(d0, head_channels, 1)
-        self.head_blocks = nn.ModuleList(ResBlock(head_channels, d0) for _ in range(head_blocks))
+        self.head = nn.ModuleList(ResBlock(head_channels, d0) for _ in range(head_blocks))
         self.head_out = nn.Sequential(
             nn.GroupNorm(8, head_channels), nn.SiLU(), nn.Conv2d(head_channels, patch_channels, 3, padding=1)
         )
@@ -200,10 +207,18 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: on a wrong shape, or a subject of which nothing is present.
         """
-        return self._encode(images, [present], return_dict)[0]
+        output = self.encode_subsets(images, [present])[0]
+        return output if return_dict else (output.structure_dist, output.style_dist)
 
-    def _encode(self, images, presents, return_dict=True):
-        # Several subsets of the same images share the costly part; training asks for "all" and "some" at once.
+    def encode_subsets(
+        self, images: torch.Tensor, presents: Sequence[torch.Tensor | None]
+    ) -> list[DisentangledEncoderOutput]:
+        """`encode` for several choices of what is present in the same images, at little more than the cost of one.
+
+        Args:
+            images: (B, n, H, W) in [0, 1].
+            presents: choices as in `encode`.
+        """
         size, n = self.config.sample_size, self.num_modalities
         if images.ndim != 4 or images.shape[1:] != (n, size, size):
             raise ValueError(
@@ -221,9 +236,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             h = block(h, condition)
 
         style = self.style_out(h if self.config.style_type == "map" else h.mean(dim=(2, 3), keepdim=True))
-        style_dist = StyleDistribution(
-            style if self.config.style_type == "map" else style[:, :, 0, 0], num_modalities=n
-        )
+        style_dist = StyleDistribution(style, n, self.config.style_type)
         features = h.unflatten(0, (batch, n))
         weight = self.fusion_weight(h).unflatten(0, (batch, n))
         outputs = []
@@ -239,8 +252,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             for block in self.fusion:
                 z = block(z)
             structure_dist = DiagonalGaussianDistribution(self.structure_out(z))
-            output = DisentangledEncoderOutput(structure_dist=structure_dist, style_dist=style_dist)
-            outputs.append(output if return_dict else (structure_dist, style_dist))
+            outputs.append(DisentangledEncoderOutput(structure_dist=structure_dist, style_dist=style_dist))
         return outputs
 
     def decode(
@@ -282,7 +294,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         if self.config.style_type == "map":
             style = F.interpolate(style, scale_factor=2.0, mode="nearest")
         h = self.head_in(h).repeat_interleave(k, dim=0)
-        for block in self.head_blocks:
+        for block in self.head:
             h = block(h, style)
         sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size).reshape(batch, k, *mask.shape[1:])
         if not return_dict:

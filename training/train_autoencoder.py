@@ -1,0 +1,298 @@
+"""Train the disentangled autoencoder on a folder written by prepare_dataset.py, or on simulated subjects.
+
+    accelerate launch training/train_autoencoder.py                                  # simulated subjects, small preset
+    accelerate launch training/train_autoencoder.py --dataset DATA --output_dir OUT  # your scans
+
+The loss is that of Na et al. (MIDL 2023), with its four strategies, and what this package adds: structure from any subset of
+modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from dldm_pipeline import DisentangledAutoencoder
+from dldm_pipeline.data.sheet import contact_sheet
+from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.training_utils import (
+    TrainingClock,
+    TrainingParser,
+    add_training_arguments,
+    averaged_weights,
+    clear_errors,
+    find_dataset,
+    load_checkpoint,
+    log_image,
+    make_accelerator,
+    make_ema,
+    parse_args,
+    push_folder,
+    save_checkpoint,
+    start_trackers,
+    write_model_card,
+    write_pretrained,
+)
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+def build_parser() -> TrainingParser:
+    parser = TrainingParser(description=__doc__, presets=PRESETS, default_config="autoencoder_small")
+    add_training_arguments(parser)
+    parser.set_defaults(output_dir="outputs/autoencoder")
+    model = parser.add_argument_group("model")
+    model.add_argument("--modalities", nargs="+", help="names and order; by default those of the data set")
+    model.add_argument("--structure_channels", type=int, default=16, help="channels of z_struct")
+    model.add_argument("--style_channels", type=int, default=8, help="channels of each z_style")
+    model.add_argument("--style_type", choices=["vector", "map"], default="vector", help="a style vector, or a map")
+    model.add_argument("--encoder_channels", type=int, nargs=2, default=[32, 96], help="widths at 1/4 and 1/8 size")
+    model.add_argument("--encoder_blocks", type=int, default=1, help="residual blocks on each grid of the encoder")
+    model.add_argument("--decoder_channels", type=int, nargs=2, default=[128, 64], help="widths at 1/8 and 1/4 size")
+    model.add_argument("--decoder_blocks", type=int, default=2, help="residual blocks on each grid of the decoder")
+    model.add_argument("--head_channels", type=int, default=64, help="width of the part that runs once an image")
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--target_modalities", type=int, default=3, help="modalities decoded each step, drawn at random")
+    loss.add_argument("--mix_probability", type=float, default=0.5, help="share of styles taken from another subject")
+    loss.add_argument("--subset_probability", type=float, default=0.5, help="share of structures from a random subset")
+    loss.add_argument("--curve_deviation", type=float, default=0.15, help="spread of log gamma of the random curves")
+    loss.add_argument("--edge_weight", type=float, default=1.0, help="weight of the gradient term")
+    loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
+    loss.add_argument("--agreement_weight", type=float, default=0.02, help="weight of subset structure against full")
+    loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
+    return parser
+
+
+def draw_subset(present: torch.Tensor) -> torch.Tensor:
+    """A random non-empty subset of what is present, every size equally likely. (B, n) bool in and out."""
+    size = 1 + (torch.rand(len(present), device=present.device) * present.sum(dim=1)).long()
+    order = torch.rand(present.shape, device=present.device).masked_fill(~present, 2.0).argsort(dim=1)
+    return (order.argsort(dim=1) < size[:, None]) & present
+
+
+def draw_style_donors(present: torch.Tensor, probability: float) -> torch.Tensor:
+    """For each subject and modality, the subject of the batch whose style is used. (B, n) bool in, (B, n) index out.
+
+    Paper, strategy 3: styles are exchanged within one modality only. A donor that lacks the modality is not used.
+    """
+    own = torch.arange(len(present), device=present.device)[:, None].expand(present.shape)
+    donor = torch.rand(present.shape, device=present.device).argsort(dim=0)
+    exchanged = torch.rand(present.shape, device=present.device) < probability
+    return torch.where(exchanged & present.gather(0, donor), donor, own)
+
+
+def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
+
+
+class DisentangledLoss(torch.nn.Module):
+    """The unweighted terms of the loss; a module, so that gradients are shared between processes through its forward."""
+
+    def __init__(self, autoencoder: DisentangledAutoencoder, args: argparse.Namespace):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.args = args
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        images, present, args = batch["images"], batch["present"], self.args
+        batch_size, n = present.shape
+        device = images.device
+
+        # Two appearances of each anatomy: the donor's intensity curve belongs to the style, so the target follows it.
+        gamma = (args.curve_deviation * torch.randn(batch_size, n, 1, 1, device=device)).exp()
+        donors = draw_style_donors(present, args.mix_probability)
+        rows = torch.arange(n, device=device)
+        full, some = self.autoencoder.encode_subsets(images**gamma, [present, draw_subset(present)])
+        styles = full.style_dist.sample()[donors, rows]
+        targets = images ** gamma[donors, rows]
+
+        from_subset = torch.rand(batch_size, 1, 1, 1, device=device) < args.subset_probability
+        structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())
+        # Strategy 4: the loss is averaged over modalities drawn at random.
+        chosen = torch.randperm(n, device=device)[: args.target_modalities]
+        output = self.autoencoder.decode(structure, styles[:, chosen])
+        targets, weight = targets[:, chosen], present[:, chosen, None, None].float()
+        weight = weight / weight.mean().clamp(min=1e-6)
+
+        mode, subset_mode = full.structure_dist.mode().detach(), some.structure_dist.mode()
+        spread = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
+        known, mask = batch["has_mask"].float()[:, None, None], batch["mask"]
+        probability = output.mask.sigmoid() * known
+        dice = (2 * (probability * mask).sum(dim=(1, 2)) + 1) / ((probability + mask * known).sum(dim=(1, 2)) + 1)
+        # Tumour is about 2 % of the pixels: Dice keeps "no tumour" from being an answer, cross-entropy gives it edges.
+        cross_entropy = F.binary_cross_entropy_with_logits(output.mask, mask, weight=known.expand_as(mask))
+        return {
+            "l1": (weight * (output.sample - targets).abs()).mean(),
+            "edge": sum(
+                (weight * (a - b).abs()).mean() for a, b in zip(edges(output.sample), edges(targets), strict=True)
+            ),
+            "mask": 10 * cross_entropy + (1 - dice).mean(),
+            "agreement": ((subset_mode - mode) ** 2 / spread).mean(),
+            "kl": full.structure_dist.kl().mean() / mode[0].numel()
+            + full.style_dist.kl().mean() / styles[0, 0].numel(),
+        }
+
+
+@torch.no_grad()
+def validate(model: DisentangledAutoencoder, loader: DataLoader, path: Path) -> dict[str, float]:
+    """PSNR of rebuilt images in dB (range 1), per modality, and a sheet: real, rebuilt, and with exchanged styles."""
+    errors, kept = [], []
+    for batch in loader:
+        images, present = batch["images"], batch["present"]
+        posterior = model.encode(images, present)
+        structure, styles = posterior.structure_dist.mode(), posterior.style_dist.mode()
+        output = model.decode(structure, styles)
+        error = ((output.sample.clamp(0, 1) - images) ** 2).mean(dim=(2, 3))
+        errors.append(torch.where(present, -10 * error.clamp(min=1e-10).log10(), torch.nan))
+        if len(kept) < 1:
+            swapped = model.decode(structure, styles.roll(1, dims=0)).sample
+            kept.append((images, batch["mask"], output.sample, (output.mask > 0).float(), swapped))
+    psnr = torch.cat(errors).nanmean(dim=0)
+    images, mask, rebuilt, rebuilt_mask, swapped = (t[:3].float().cpu() for t in kept[0])
+    rows = torch.stack([images, rebuilt, swapped], dim=1).flatten(0, 1).clamp(0, 1)
+    masks = torch.stack([mask, rebuilt_mask, rebuilt_mask], dim=1).flatten(0, 1)
+    names = ["real", "rebuilt", "other style"] * len(images)
+    contact_sheet(rows.numpy(), masks.numpy(), list(model.config.modalities), names, path)
+    figures = {f"PSNR {name} (dB)": float(v) for name, v in zip(model.config.modalities, psnr, strict=True)}
+    return {"PSNR (dB)": float(psnr.mean()), **figures}
+
+
+@torch.no_grad()
+def measure_latents(model: DisentangledAutoencoder, loader: DataLoader) -> None:
+    """Write mean and deviation of every latent channel over the whole training set into the model's config."""
+    sums = {"structure": [0.0, 0.0, 0], "style": [0.0, 0.0, 0]}
+    for batch in tqdm(loader, desc="measuring latents", unit="batch"):
+        posterior = model.encode(batch["images"], batch["present"])
+        style = posterior.style_dist.mode()[batch["present"]]
+        for kind, z in (("structure", posterior.structure_dist.mode()), ("style", style)):
+            z = z.double().transpose(0, 1).flatten(1)
+            sums[kind][0] += z.sum(dim=1)
+            sums[kind][1] += (z**2).sum(dim=1)
+            sums[kind][2] += z.shape[1]
+    for kind, (total, squares, count) in sums.items():
+        mean = total / count
+        deviation = (squares / count - mean**2).clamp(min=1e-12).sqrt()
+        model.register_to_config(**{f"{kind}_shift": mean.tolist(), f"{kind}_scale": deviation.tolist()})
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(build_parser(), argv)
+    accelerator = make_accelerator(args)
+    output_dir = Path(args.output_dir)
+    data = find_dataset(accelerator, args, args.modalities)
+    train_set = SliceDataset(data, "train", args.modalities)
+    validation_set = SliceDataset(data, "validation", args.modalities)
+    if train_set.image_size != args.resolution:
+        raise ValueError(
+            f"--resolution {args.resolution}: the slices in {data} are {train_set.image_size} pixels; give that, "
+            "or prepare the data set again with --image_size."
+        )
+    model = DisentangledAutoencoder(
+        modalities=list(train_set.modalities),
+        sample_size=args.resolution,
+        structure_channels=args.structure_channels,
+        style_channels=args.style_channels,
+        style_type=args.style_type,
+        encoder_channels=args.encoder_channels,
+        encoder_blocks=args.encoder_blocks,
+        decoder_channels=args.decoder_channels,
+        decoder_blocks=args.decoder_blocks,
+        head_channels=args.head_channels,
+    )
+    accelerator.print(
+        f"{len(train_set)} training and {len(validation_set)} validation slices of {', '.join(train_set.modalities)}; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    )
+    loader = DataLoader(
+        train_set, args.train_batch_size, shuffle=True, drop_last=True, num_workers=args.dataloader_num_workers
+    )
+    validation_subset = torch.utils.data.Subset(
+        validation_set, torch.linspace(0, len(validation_set) - 1, min(64, len(validation_set))).long().tolist()
+    )
+    validation_loader = DataLoader(validation_subset, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    objective, optimizer, loader, validation_loader = accelerator.prepare(
+        DisentangledLoss(model, args), optimizer, loader, validation_loader
+    )
+    ema = make_ema(model, args)
+    clock = TrainingClock(args.max_train_steps, args.max_train_minutes, accelerator)
+    clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
+    start_trackers(accelerator, "dldm-autoencoder", args)
+    clock.start()
+    if args.resume_from_checkpoint:
+        load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, clock, ema)
+
+    weights = {
+        "l1": 1.0,
+        "edge": args.edge_weight,
+        "mask": args.mask_weight,
+        "agreement": args.agreement_weight,
+        "kl": args.kl_weight,
+    }
+    sheets = output_dir / "validation"
+    sheets.mkdir(exist_ok=True)
+    bar = tqdm(total=args.max_train_steps, initial=clock.step, unit="step", disable=not accelerator.is_main_process)
+    while not clock.done:
+        for batch in loader:
+            if torch.rand(()) < 0.5:
+                batch["images"], batch["mask"] = batch["images"].flip(-1), batch["mask"].flip(-1)
+            with accelerator.accumulate(objective):
+                terms = objective(batch)
+                accelerator.backward(sum(weights[name] * term for name, term in terms.items()))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if not accelerator.sync_gradients:
+                continue
+            if ema is not None:
+                ema.step(model.parameters())
+            clock.tick()
+            bar.update()
+            if clock.step % 20 == 0:
+                values = {name: term.item() for name, term in terms.items()}
+                bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+                accelerator.log({f"train/{name}": value for name, value in values.items()}, step=clock.step)
+            if args.validation_steps and clock.step % args.validation_steps == 0 and accelerator.is_main_process:
+                with averaged_weights(model, ema):
+                    path = sheets / f"step-{clock.step:06d}.png"
+                    figures = validate(model, validation_loader, path)
+                bar.write(f"step {clock.step}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+                accelerator.log({f"validation/{k}": v for k, v in figures.items()}, step=clock.step)
+                log_image(accelerator, "validation", Image.open(path), clock.step)
+            if args.checkpointing_steps and clock.step % args.checkpointing_steps == 0:
+                save_checkpoint(accelerator, output_dir, clock, ema, args.checkpoints_total_limit)
+            if clock.done:
+                break
+    bar.close()
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(model.parameters())
+        plain_loader = DataLoader(train_set, 16)
+        measure_latents(model, plain_loader)
+        figures = validate(model, validation_loader, output_dir / "samples.png")
+        write_pretrained(model.save_pretrained, output_dir)
+        write_model_card(
+            output_dir,
+            "Disentangled autoencoder",
+            f"A `DisentangledAutoencoder` for {', '.join(train_set.modalities)} at {args.resolution}x{args.resolution}, "
+            f"trained on {len(train_set)} slices.",
+            {**figures, "validation slices": len(validation_subset)},
+            {name: value for name, value in vars(args).items() if name not in ("hub_token", "output_dir", "dataset")},
+            {"real, rebuilt, and rebuilt with another subject's styles": "samples.png"},
+        )
+        print(f"{output_dir}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+        if args.push_to_hub:
+            print(push_folder(output_dir, args))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

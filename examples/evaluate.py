@@ -10,6 +10,7 @@ What each figure means is written in `dldm_pipeline/metrics/`, one plain functio
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -25,8 +27,16 @@ from dldm_pipeline import BUNDLED_CHECKPOINT
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
 from dldm_pipeline.data.phantom import phantom_rows
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.metrics.alignment import evaluate_alignment
 from dldm_pipeline.metrics.disentanglement import evaluate_disentanglement
-from dldm_pipeline.metrics.reconstruction import encode_subjects, evaluate_reconstruction
+from dldm_pipeline.metrics.reconstruction import (
+    compare_spectra,
+    encode_subjects,
+    evaluate_reconstruction,
+    radial_power_spectrum,
+    rebuild,
+)
+from dldm_pipeline.pipeline_dldm import DLDMPipeline
 
 # Simulated subjects for a run without --dataset: a seed of their own, so that no training run has seen them.
 PHANTOM_SEED, NUM_PHANTOMS = 977_001, 200
@@ -42,8 +52,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--split", default="validation", help="split of the dataset (default: %(default)s)")
     parser.add_argument("--max_validation", type=int, default=400, help="slices to use at most (default: %(default)s)")
+    parser.add_argument("--num_subjects", type=int, default=100, help="subjects to generate (default: %(default)s)")
+    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
+    parser.add_argument("--num_style_inference_steps", type=int, help="default: the pipeline's")
+    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
     parser.add_argument("--batch_size", type=int, default=4, help="subjects at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of splits and exchanges (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of splits, exchanges and subjects (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder of the report (%(default)s)")
     return parser.parse_args(arguments)
@@ -62,6 +78,31 @@ def simulated_subjects(size: int, modalities: list[str], count: int) -> list[dic
         }
         for row in tqdm(rows, total=count, desc="simulate")
     ]
+
+
+def generate(pipeline: DLDMPipeline, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Images (S, n, H, W), masks (S, H, W) and how they were made; subject i is drawn from seed `args.seed + i`."""
+    defaults = inspect.signature(pipeline.__call__).parameters
+    options = {
+        name: defaults[name].default if getattr(args, name) is None else getattr(args, name)
+        for name in ("num_inference_steps", "num_style_inference_steps", "guidance_scale")
+    }
+    pipeline.set_progress_bar_config(disable=True)
+    images, masks, started = [], [], time.time()
+    with tqdm(total=args.num_subjects, desc="generate") as bar:
+        for start in range(0, args.num_subjects, 8):
+            seeds = range(args.seed + start, args.seed + min(start + 8, args.num_subjects))
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            output = pipeline(num_subjects=len(seeds), generator=generators, output_type="np", **options)
+            images.append(output.images)
+            masks.append(output.masks)
+            bar.update(len(seeds))
+    seconds = (time.time() - started) / args.num_subjects
+    return (
+        np.concatenate(images),
+        np.concatenate(masks),
+        {"num_subjects": args.num_subjects, "seconds_per_subject": seconds, **options},
+    )
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -159,6 +200,60 @@ def disentanglement_report(result: dict) -> str:
     return "\n".join(lines)
 
 
+def alignment_report(sets: dict[str, dict]) -> str:
+    """Tables over the named sets of subjects, the validation subjects first."""
+    real = sets["validation"]
+    pairs = list(real["edge_correlation"])
+
+    def change(values: dict[str, float], names: list[str]) -> list[str | None]:
+        return [f"{100 * values[name]:+.1f} %" if math.isfinite(values[name]) else None for name in names]
+
+    rows = [["validation subjects", *real["edge_correlation"].values(), 100 * real["apart"]]]
+    for title, result in list(sets.items())[1:]:
+        rows.append([title, *result["edge_correlation"].values(), 100 * result["apart"]])
+        rows.append([f"{title}, change", *change(result["edge_correlation_change"], pairs), None])
+    rows.append(["reference: shuffled validation subjects", *real["edge_correlation_shuffled"].values(), None])
+    lines = [
+        "## Alignment",
+        "Correlation of edges inside the brain between two modalities of one subject; *apart*: % of all pairs no higher",
+        "than the 95th percentile of shuffled subjects:\n",
+        table(["", *pairs, "apart"], rows),
+    ]
+    enhanced = list(real["enhancement"])
+    if enhanced:
+        rows = [["validation subjects", *real["enhancement"].values(), real["num_empty_masks"]]]
+        for title, result in list(sets.items())[1:]:
+            rows.append([title, *result["enhancement"].values(), result["num_empty_masks"]])
+            rows.append([f"{title}, change", *change(result["enhancement_change"], enhanced), None])
+        rows.append(["reference: another subject's mask", *real["enhancement_shuffled"].values(), None])
+        lines += [
+            "\nEnhancement: mean inside the tumour mask over mean in the rest of the brain:\n",
+            table(["", *enhanced, "empty masks"], rows),
+        ]
+    if real["vessels"]:
+        rows = [
+            [title.replace("validation", "validation subjects"), *r["vessels"].values()] for title, r in sets.items()
+        ]
+        rows.append(["reference: BB of another subject", *real["vessels_shuffled"].values()])
+        lines += [
+            "\nVessels (the brain's top hundredth of WB - BB, away from the tumour): mean over the brain's mean:\n",
+            table(["", "WB", "BB"], rows),
+        ]
+    return "\n".join(lines)
+
+
+def generation_report(result: dict, names: list[str]) -> str:
+    lines = [
+        "## Sharpness of generated images",
+        f"{result['num_subjects']} subjects in {result['num_inference_steps']} + {result['num_style_inference_steps']} steps, "
+        f"guidance {result['guidance_scale']}, {result['seconds_per_subject']:.2f} s a subject.\n",
+        spectrum_report(result["spectrum"], names, "generated"),
+        "\nReference, what chance alone does between two halves of the validation subjects: largest deviation "
+        f"{result['spectrum_validation_halves']['largest_deviation_worst']:.3f}.",
+    ]
+    return "\n".join(lines)
+
+
 def finite(value):
     """Replaces NaN and infinity by None, which JSON can hold."""
     if isinstance(value, dict):
@@ -181,30 +276,39 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def load_autoencoder(args: argparse.Namespace) -> DisentangledAutoencoder:
-    folder, argument = (
-        (args.autoencoder, "--autoencoder") if args.autoencoder else ((args.pipeline / "autoencoder"), "--pipeline")
-    )
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{argument}: {folder} holds no config.json; give a folder written by save_pretrained.")
-    return DisentangledAutoencoder.from_pretrained(folder)
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises one clear error on what cannot work, before any of the work."""
+    if args.autoencoder and not args.autoencoder_only:
+        raise ValueError("--autoencoder needs --autoencoder_only; a whole pipeline is given by --pipeline.")
+    if args.autoencoder and args.pipeline:
+        raise ValueError("--autoencoder and --pipeline are both given; give the one to measure.")
+    for name in ("max_validation", "batch_size", "num_subjects"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more.")
+    folder, marker = (args.autoencoder, "config.json") if args.autoencoder else (args.pipeline, "model_index.json")
+    folder = folder or BUNDLED_CHECKPOINT
+    if not (folder / marker).is_file():
+        raise FileNotFoundError(f"{folder} holds no {marker}; give a folder written by save_pretrained.")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output {args.output} cannot be made ({error.strerror}); choose another folder.") from error
+    if not os.access(args.output, os.W_OK):
+        raise PermissionError(f"--output {args.output} is not writable; choose another folder.")
 
 
 def main(arguments: list[str] | None = None) -> dict:
     """Runs the evaluation and returns what it wrote to `metrics.json`."""
     args = parse_args(arguments)
-    if args.autoencoder and not args.autoencoder_only:
-        raise ValueError("--autoencoder needs --autoencoder_only; a whole pipeline is given by --pipeline.")
-    for name in ("max_validation", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more.")
-    args.pipeline = args.pipeline or BUNDLED_CHECKPOINT
-    args.output.mkdir(parents=True, exist_ok=True)
-    if not os.access(args.output, os.W_OK):
-        raise PermissionError(f"--output {args.output}: the folder is not writable; choose another.")
-
+    check_arguments(args)
     started = time.time()
-    autoencoder = load_autoencoder(args).to(args.device).eval()
+    model = args.autoencoder or args.pipeline or BUNDLED_CHECKPOINT
+    if args.autoencoder_only:
+        folder = model if args.autoencoder else model / "autoencoder"
+        pipeline, autoencoder = None, DisentangledAutoencoder.from_pretrained(folder).to(args.device).eval()
+    else:
+        pipeline = DLDMPipeline.from_pretrained(model).to(args.device)
+        autoencoder = pipeline.autoencoder
     modalities = list(autoencoder.config.modalities)
     size = autoencoder.config.sample_size
     if args.dataset is None:
@@ -215,14 +319,37 @@ def main(arguments: list[str] | None = None) -> dict:
             raise ValueError(f"--dataset {args.dataset} has {dataset.image_size} pixel images, the model needs {size}.")
 
     encoded = encode_subjects(autoencoder, dataset, args.max_validation, args.batch_size)
+    rebuilt, rebuilt_masks = rebuild(autoencoder, encoded, args.batch_size)
+    real = evaluate_alignment(
+        encoded.images, encoded.masks, modalities, encoded.subjects, encoded.present, encoded.has_mask, seed=args.seed
+    )
+    alignment = {
+        "validation": real,
+        "rebuilt": evaluate_alignment(
+            rebuilt, rebuilt_masks, modalities, encoded.subjects, encoded.present, reference=real, seed=args.seed
+        ),
+    }
     results = {
-        "model": str(args.autoencoder or args.pipeline),
+        "model": str(model),
         "dataset": str(args.dataset or f"{len(dataset)} simulated subjects, seed {PHANTOM_SEED}"),
         "seed": args.seed,
         "reconstruction": evaluate_reconstruction(autoencoder, encoded, args.batch_size, seed=args.seed),
         "disentanglement": evaluate_disentanglement(encoded, seed=args.seed),
     }
     parts = [reconstruction_report(results["reconstruction"]), disentanglement_report(results["disentanglement"])]
+    if pipeline is not None:
+        images, masks, generation = generate(pipeline, args)
+        alignment["generated"] = evaluate_alignment(images, masks, modalities, reference=real, seed=args.seed)
+        spectra = np.where(encoded.present[..., None], radial_power_spectrum(encoded.images), np.nan)
+        first_half = np.isin(encoded.subjects, sorted(set(encoded.subjects))[::2])
+        results["generation"] = {
+            **generation,
+            "spectrum": compare_spectra(spectra, radial_power_spectrum(images), modalities),
+            "spectrum_validation_halves": compare_spectra(spectra[first_half], spectra[~first_half], modalities),
+        }
+        parts.append(generation_report(results["generation"], modalities))
+    results["alignment"] = alignment
+    parts.append(alignment_report(alignment))
     results["seconds"] = time.time() - started
 
     head = f"# Evaluation\n\nModel: `{results['model']}`, data: `{results['dataset']}`, {results['seconds']:.0f} s."

@@ -8,6 +8,7 @@ alone, no better than by guessing.
 from __future__ import annotations
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .reconstruction import EncodedSubjects
 
@@ -114,7 +115,7 @@ def modality_probe(
     }
 
 
-def evaluate_disentanglement(encoded: EncodedSubjects, seed: int = 0) -> dict:
+def evaluate_disentanglement(encoded: EncodedSubjects, progress: bool = True, seed: int = 0) -> dict:
     """Probes the styles, the structures from single modalities, and, as a yardstick, the images themselves.
 
     Two probes look at the structure: one at its spatial mean and standard deviation, one at the whole flattened code.
@@ -122,6 +123,7 @@ def evaluate_disentanglement(encoded: EncodedSubjects, seed: int = 0) -> dict:
 
     Args:
         encoded: from [`~dldm_pipeline.metrics.reconstruction.encode_subjects`].
+        progress: show a progress bar.
         seed: seed of the split into halves.
 
     Returns:
@@ -135,13 +137,16 @@ def evaluate_disentanglement(encoded: EncodedSubjects, seed: int = 0) -> dict:
     height, width = (size // 8 * 8 for size in encoded.images.shape[-2:])
     blocks = encoded.images[..., :height, :width]
     blocks = blocks.reshape(*blocks.shape[:2], height // 8, 8, width // 8, 8).mean(axis=(3, 5))
-    result = {
-        "style": modality_probe(np.nan_to_num(encoded.styles), subjects, present, seed=seed),
-        "structure_pooled": modality_probe(pool_structure(single), subjects, present, seed=seed),
-        "structure_full": modality_probe(single, subjects, present, seed=seed),
-        "structure_full_shuffled": modality_probe(single, subjects, present, shuffle=True, seed=seed),
-        "images": modality_probe(blocks, subjects, present, seed=seed),
+    probes = {
+        "style": (np.nan_to_num(encoded.styles), False),
+        "structure_pooled": (pool_structure(single), False),
+        "structure_full": (single, False),
+        "structure_full_shuffled": (single, True),
+        "images": (blocks, False),
     }
+    result = {}
+    for name, (codes, shuffle) in tqdm(probes.items(), desc="probe", disable=not progress):
+        result[name] = modality_probe(codes, subjects, present, shuffle, seed)
     worse = max(result["structure_pooled"], result["structure_full"], key=lambda probe: probe["accuracy"])
     return {
         **result,

@@ -237,7 +237,7 @@ def encode_subjects(
         images, present = batch["images"], batch["present"].bool()
         if images.shape[1] != len(modalities):
             raise ValueError(
-                f"dataset has {images.shape[1]} modalities, the autoencoder {len(modalities)}: {', '.join(modalities)}. "
+                f"dataset has {images.shape[1]} modalities, the model {len(modalities)}: {', '.join(modalities)}. "
                 "Read the data with modalities=autoencoder.config.modalities."
             )
         presents = [present]
@@ -246,7 +246,9 @@ def encode_subjects(
             alone[:, m] = True
             presents.append(alone)
         # Several subsets of the same images share the per-modality features, which are nearly all of the cost.
-        subsets = autoencoder._encode(images.to(autoencoder.device), [p.to(autoencoder.device) for p in presents])
+        subsets = autoencoder.encode_subsets(
+            images.to(autoencoder.device), [p.to(autoencoder.device) for p in presents]
+        )
         full, *single = [output.structure_dist.mode().float().cpu() for output in subsets]
         single = torch.stack(single, dim=1)
         styles = subsets[0].style_dist.mode().float().cpu()
@@ -265,6 +267,35 @@ def encode_subjects(
 
 
 @torch.no_grad()
+def _decode(autoencoder: torch.nn.Module, structure: np.ndarray, styles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images clipped to [0, 1] and bool masks. A missing latent is NaN: zeros are decoded in its place."""
+    pair = (torch.from_numpy(np.nan_to_num(z)).to(autoencoder.device, autoencoder.dtype) for z in (structure, styles))
+    output = autoencoder.decode(*pair)
+    return output.sample.float().clamp(0, 1).cpu().numpy(), output.mask.float().cpu().numpy() > 0
+
+
+def rebuild(
+    autoencoder: torch.nn.Module, encoded: EncodedSubjects, batch_size: int = 16, progress: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes every slice from the structure of all its modalities and its own styles.
+
+    Args:
+        autoencoder: the model that made `encoded`.
+        encoded: from [`encode_subjects`].
+        batch_size: slices per decoder call.
+        progress: show a progress bar.
+
+    Returns:
+        images (N, n, H, W) float32 in [0, 1], zeros where the modality is missing, and masks (N, H, W) bool.
+    """
+    parts = []
+    for start in tqdm(range(0, len(encoded.subjects), batch_size), desc="rebuild", disable=not progress):
+        rows = slice(start, start + batch_size)
+        parts.append(_decode(autoencoder, encoded.structure[rows], encoded.styles[rows]))
+    images, masks = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return images * encoded.present[:, :, None, None], masks
+
+
 def evaluate_reconstruction(
     autoencoder: torch.nn.Module, encoded: EncodedSubjects, batch_size: int = 16, progress: bool = True, seed: int = 0
 ) -> dict:
@@ -302,31 +333,23 @@ def evaluate_reconstruction(
     overlap, overlap_single = np.full(count, np.nan), np.full((count, n), np.nan)
     spectra: dict[str, list[np.ndarray]] = {"real": [], "rebuilt": []}
 
-    def decode(structure: np.ndarray, styles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # A missing latent is NaN; decode zeros in its place and leave its score out.
-        pair = [
-            torch.from_numpy(np.nan_to_num(z)).to(autoencoder.device, autoencoder.dtype) for z in (structure, styles)
-        ]
-        output = autoencoder.decode(*pair)
-        return output.sample.float().clamp(0, 1).cpu().numpy(), output.mask.float().cpu().numpy() > 0
-
-    for start in tqdm(range(0, count, batch_size), desc="rebuild", disable=not progress):
+    for start in tqdm(range(0, count, batch_size), desc="rebuild in all ways", disable=not progress):
         rows = slice(start, min(start + batch_size, count))
         real, present, partner = encoded.images[rows], encoded.present[rows], partners[rows]
         labelled = encoded.has_mask[rows]
 
-        rebuilt, mask = decode(encoded.structure[rows], encoded.styles[rows])
+        rebuilt, mask = _decode(autoencoder, encoded.structure[rows], encoded.styles[rows])
         full[rows] = np.where(present, psnr(real, rebuilt), np.nan)
         overlap[rows] = np.where(labelled, dice(encoded.masks[rows], mask), np.nan)
         spectra["real"].append(np.where(present[..., None], radial_power_spectrum(real), np.nan))
         spectra["rebuilt"].append(np.where(present[..., None], radial_power_spectrum(rebuilt), np.nan))
 
-        rebuilt, _ = decode(encoded.structure[rows], encoded.styles[partner, columns])
+        rebuilt, _ = _decode(autoencoder, encoded.structure[rows], encoded.styles[partner, columns])
         swapped[rows] = np.where(partner >= 0, psnr(real, rebuilt), np.nan)
         floor[rows] = np.where(partner >= 0, psnr(real, encoded.images[partner, columns]), np.nan)
 
         for m in range(n):
-            rebuilt, mask = decode(encoded.single_structures[rows, m], encoded.styles[rows])
+            rebuilt, mask = _decode(autoencoder, encoded.single_structures[rows, m], encoded.styles[rows])
             known = present & present[:, m : m + 1]
             single[rows, m] = np.where(known, psnr(real, rebuilt), np.nan)
             alone = labelled & present[:, m]

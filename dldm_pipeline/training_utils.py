@@ -39,6 +39,11 @@ TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class TrainingParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line, and which knows where the presets of its script are.
 
@@ -48,7 +53,7 @@ class TrainingParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, presets: Path, default_config: str | None = None, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.presets = Path(presets)
         names = ", ".join(sorted(path.stem for path in self.presets.glob("*.yaml"))) or "none"
@@ -71,12 +76,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--dataset", help="folder written by training/prepare_dataset.py; by default simulated subjects are used"
+        "--dataset",
+        help="folder written by training/prepare_dataset.py, or such a data set on the Hub; by default simulated subjects",
     )
     data.add_argument("--resolution", type=_positive(int), default=128, help="image height and width, pixels")
     data.add_argument(
         "--phantom_subjects", type=_positive(int), default=2000, help="simulated subjects, made once, without --dataset"
     )
+    data.add_argument("--cache_dir", default="data", help="simulated subjects and encoded latents are kept here")
     data.add_argument("--dataloader_num_workers", type=_at_least_zero(int), default=0, help="0 loads in this process")
 
     run = parser.add_argument_group("run")
@@ -86,6 +93,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
         help="without it, what `accelerate config` says; 'no' is fastest on most processors",
+    )
+    run.add_argument(
+        "--num_threads",
+        type=_positive(int),
+        help="PyTorch threads per process; by default all cores where `accelerate launch` allows only one, as it does "
+        "on machines without a graphics card, and otherwise as OMP_NUM_THREADS says",
     )
     run.add_argument("--report_to", choices=TRACKERS, default="none", help="tracker for losses and pictures")
     run.add_argument(
@@ -136,10 +149,11 @@ def parse_args(parser: TrainingParser, argv: Sequence[str] | None = None) -> arg
     argv = list(sys.argv[1:] if argv is None else argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=parser.get_default("config"))
-    if "-h" in argv or "--help" in argv:
-        parser.parse_args(["--help"])
     config = finder.parse_known_args(argv)[0].config
     preset = [] if config is None else _preset_words(parser, config)
+    if "-h" in argv or "--help" in argv:
+        # The help shows the values that hold, those of the preset.
+        parser.set_defaults(**vars(parser.parse_args(preset)))
     args = parser.parse_args(preset + argv)
     if args.use_ema and not 0 < args.ema_decay < 1:
         parser.error(f"argument --ema_decay: {args.ema_decay} is not between 0 and 1")
@@ -256,6 +270,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         except ImportError as error:
             raise ValueError(f"--report_to {args.report_to}: not installed; pip install {args.report_to}") from error
     output_dir = make_output_dir(args.output_dir)
+    _set_threads(args.num_threads)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -265,6 +280,15 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     # Each process draws its own noise and timesteps.
     set_seed(args.seed, device_specific=accelerator.num_processes > 1)
     return accelerator
+
+
+def _set_threads(num_threads: int | None) -> None:
+    """Undo the single thread of `accelerate launch`, which sets OMP_NUM_THREADS=1 for whoever did not set it."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if num_threads is None and launched and not torch.cuda.is_available():
+        num_threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1")))
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
 
 
 def start_trackers(accelerator: Accelerator, project: str, args: argparse.Namespace) -> None:
@@ -329,29 +353,24 @@ def phantom_dataset(
     return folder
 
 
-def find_dataset(accelerator: Accelerator, args: argparse.Namespace, modalities: Sequence[str] | None = None) -> Path:
-    """Return the folder named by `--dataset`, or the simulated default, made on the main process first.
+def find_dataset(
+    accelerator: Accelerator, args: argparse.Namespace, modalities: Sequence[str] | None = None
+) -> str | Path:
+    """Return what `--dataset` names, or the folder of the simulated default, made on the main process first.
 
     Args:
         modalities: what to simulate without `--dataset`; the five defaults by default.
-
-    Raises:
-        FileNotFoundError: the folder is missing or holds no parquet files.
     """
-    if args.dataset is None:
-        with accelerator.main_process_first():
-            return phantom_dataset(
-                args.phantom_subjects,
-                args.resolution,
-                modalities or DEFAULT_MODALITIES,
-                show_progress=accelerator.is_main_process,
-            )
-    folder = Path(args.dataset)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--dataset {folder}: no such folder; make one with training/prepare_dataset.py")
-    if not any(folder.rglob("*.parquet")):
-        raise FileNotFoundError(f"--dataset {folder}: holds no parquet files; make it with training/prepare_dataset.py")
-    return folder
+    if args.dataset is not None:
+        return args.dataset
+    with accelerator.main_process_first():
+        return phantom_dataset(
+            args.phantom_subjects,
+            args.resolution,
+            modalities or DEFAULT_MODALITIES,
+            root=args.cache_dir,
+            show_progress=accelerator.is_main_process,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -566,7 +585,9 @@ def load_checkpoint(
             saved = [tensor for _, tensor in sorted(load_file(folder / "ema.safetensors").items())]
             if [t.shape for t in saved] != [t.shape for t in ema.shadow_params]:
                 raise ValueError("its averaged weights have other shapes")
-            ema.shadow_params = [t.to(old.device, old.dtype) for t, old in zip(saved, ema.shadow_params, strict=True)]
+            # Copied in place, which keeps the memory format of the weights.
+            for old, new in zip(ema.shadow_params, saved, strict=True):
+                old.copy_(new)
             ema.optimization_step = int(state["ema_step"])
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0]

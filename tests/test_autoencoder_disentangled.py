@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from dldm_pipeline import DisentangledAutoencoder
+
+MODALITIES = ["T1", "T1CE", "FLAIR"]
+
+
+def build(style_type: str = "vector", **kwargs) -> DisentangledAutoencoder:
+    """A tiny autoencoder whose residual branches are not zero, so that every input can matter."""
+    torch.manual_seed(0)
+    model = DisentangledAutoencoder(
+        modalities=MODALITIES, sample_size=32, structure_channels=4, style_channels=3, style_type=style_type,
+        encoder_channels=(8, 16), decoder_channels=(16, 8), head_channels=8, **kwargs,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("style_type", ["vector", "map"])
+def test_shapes(style_type):
+    model = build(style_type)
+    images = torch.rand(2, 3, 32, 32)
+    posterior = model.encode(images)
+    grid = (4, 4) if style_type == "map" else ()
+    assert posterior.structure_dist.mode().shape == (2, 4, 4, 4)
+    assert posterior.style_dist.mode().shape == (2, 3, 3, *grid)
+    assert posterior.style_dist.sample().shape == (2, 3, 3, *grid)
+    output = model.decode(posterior.structure_dist.mode(), posterior.style_dist.mode()[:, :2])
+    assert output.sample.shape == (2, 2, 32, 32)
+    assert output.mask.shape == (2, 32, 32)
+    sample, mask = model(images, return_dict=False)
+    assert sample.shape == (2, 3, 32, 32) and torch.isfinite(sample).all() and torch.isfinite(mask).all()
+
+
+@torch.no_grad()
+def test_what_stands_for_a_missing_modality_does_not_matter():
+    model = build()
+    images, present = torch.rand(2, 3, 32, 32), torch.tensor([[True, False, True], [False, True, False]])
+    other = torch.where(present[:, :, None, None], images, torch.rand_like(images))
+    a, b = (model.encode(x, present).structure_dist.mode() for x in (images, other))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, model.encode(other).structure_dist.mode())
+
+
+@torch.no_grad()
+def test_structure_of_several_subsets_is_that_of_each():
+    model = build()
+    images, present = torch.rand(2, 3, 32, 32), torch.tensor([[True, False, True], [False, True, False]])
+    both = model.encode_subsets(images, [None, present])
+    for output, subset in zip(both, [None, present], strict=True):
+        torch.testing.assert_close(output.structure_dist.mode(), model.encode(images, subset).structure_dist.mode())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style_type", ["vector", "map"])
+def test_an_image_depends_on_its_own_pair_only(style_type):
+    """Pair decoding: other styles beside it change nothing; its own style and its structure do."""
+    model = build(style_type)
+    posterior = model.encode(torch.rand(2, 3, 32, 32))
+    structure, styles = posterior.structure_dist.mode(), posterior.style_dist.mode()
+    together = model.decode(structure, styles)
+    alone = model.decode(structure[1:], styles[1:, 2:])
+    torch.testing.assert_close(together.sample[1:, 2:], alone.sample, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.mask[1:], alone.mask, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together.sample[:, 0], model.decode(structure, styles + 1).sample[:, 0])
+    assert not torch.allclose(together.sample, model.decode(structure + 1, styles).sample)
+    assert torch.equal(together.mask, model.decode(structure, styles + 1).mask)
+
+
+def test_normalisation_is_inverted_and_saved(tmp_path):
+    model = build()
+    model.register_to_config(
+        structure_shift=[1.0, 2.0, 3.0, 4.0], structure_scale=[0.5, 1.0, 2.0, 4.0],
+        style_shift=[-1.0, 0.0, 1.0], style_scale=[2.0, 3.0, 4.0],
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    loaded = DisentangledAutoencoder.from_pretrained(tmp_path)
+    structure, styles = torch.randn(2, 4, 4, 4), torch.randn(2, 5, 3)
+    normal = loaded.normalize_structure(structure)
+    torch.testing.assert_close(normal[:, 3], (structure[:, 3] - 4) / 4)
+    torch.testing.assert_close(loaded.denormalize_structure(normal), structure)
+    torch.testing.assert_close(loaded.normalize_style(styles)[..., 1], styles[..., 1] / 3)
+    torch.testing.assert_close(loaded.denormalize_style(loaded.normalize_style(styles)), styles)
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sample_size": 100}, "does not divide"),
+        ({"modalities": []}, "non-empty"),
+        ({"modalities": ["T1", "T1"]}, "different names"),
+        ({"style_type": "tensor"}, "'vector' or 'map'"),
+    ],
+)
+def test_bad_configuration(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DisentangledAutoencoder(**arguments)
+
+
+def test_bad_input():
+    model = build()
+    images = torch.rand(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="T1CE"):
+        model.encode(images[:, :2])
+    with pytest.raises(ValueError, match="at least one must be present"):
+        model.encode(images, torch.tensor([[True, True, True], [False, False, False]]))
+    with pytest.raises(ValueError, match="`present` must be"):
+        model.encode(images, torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="`z_struct` must be"):
+        model.decode(torch.randn(2, 5, 4, 4), torch.randn(2, 3, 3))
+    with pytest.raises(ValueError, match="`z_style` must be"):
+        model.decode(torch.randn(2, 4, 4, 4), torch.randn(2, 3, 4))

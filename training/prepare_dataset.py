@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first unusable subject, and never resample a volume"
     )
-    parser.add_argument("--num_workers", type=int, default=1, help="processes that read or simulate (1)")
+    parser.add_argument("--num_workers", type=int, default=1, help="how many scans or subjects to work on at once (1)")
     return parser.parse_args(argv)
 
 

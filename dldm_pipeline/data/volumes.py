@@ -23,10 +23,8 @@ nose is up), column 0 is the patient's right. `slice_index` counts from inferior
 import collections
 import dataclasses
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +95,11 @@ def find_scans(root: str | os.PathLike) -> list[Scan]:
     """Find every subject's files below a folder.
 
     A folder that holds images with known names is one scan. It may be `root` itself, lie below it at any depth, or be a
-    BIDS folder (`sub-01/ses-01/anat`, with lesion masks under `derivatives` too). A sub-folder named like a modality
-    that holds one image, or one DICOM series, counts to its parent (`patient/T1/*.dcm`).
+    BIDS folder (`sub-01/ses-01/anat`, with lesion masks under `derivatives` too). A sub-folder with one image that is
+    named like a modality counts to its parent (`patient/T1/image.nii`), and so do DICOM series of one study
+    (`patient/series1/*.dcm`, `patient/series2/*.dcm`), which are told apart by their SeriesDescription.
+
+    Sessions of one person must not fall into both splits: write them as BIDS does. Otherwise each folder is a subject.
 
     Args:
         root (`str` or `os.PathLike`): Folder to search.
@@ -117,59 +118,77 @@ def find_scans(root: str | os.PathLike) -> list[Scan]:
     if not root.is_dir():
         raise ValueError(f"{root} is a file; give the folder that holds one folder per subject.")
 
-    found: dict[Path, list[tuple[str | None, Path, str | None]]] = {}  # folder: (modality, file, DICOM series)
+    by_folder: dict[Path, list[_Image]] = {}
     derived: list[Path] = []
     for here, below, names in os.walk(root, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
         folder = Path(here)
         images = _images_in(folder, sorted(names))
-        if not images:
-            continue
         if "derivatives" in folder.relative_to(root).parts:
-            derived += [path for modality, path, _ in images if modality == MASK]
-            continue
-        own = find_modality(folder.name)
-        if len(images) == 1 and own is not None and folder != root and images[0][0] in (own, None):
-            found.setdefault(folder.parent, []).append((own, *images[0][1:]))
-        else:
-            found.setdefault(folder, []).extend(images)
-
-    scans = [_make_scan(root, folder, images, derived) for folder, images in sorted(found.items())]
-    covered = [folder.relative_to(root).parts for folder in found]
-    for child in sorted(root.iterdir()):
-        is_subject = child.is_dir() and not child.name.startswith(".") and child.name != "derivatives"
-        if is_subject and scans and root not in found and not any(parts[0] == child.name for parts in covered):
-            scans.append(Scan(child.name, child.name, problem="the folder holds no NIfTI file and no DICOM series"))
-    if not found:
+            derived += [image.path for image in images if image.modality == MASK]
+        elif images:
+            by_folder[folder] = images
+    if not by_folder:
         raise ValueError(
             f"{root} holds no scans: no .nii, .nii.gz or DICOM file was found in it or below; "
             "give the folder that holds one folder per subject."
         )
+
+    studies = collections.Counter(
+        (folder.parent, images[0].study) for folder, images in by_folder.items() if len(images) == 1
+    )
+    found: dict[Path, list[_Image]] = {}
+    for folder, images in by_folder.items():
+        named = find_modality(folder.name)
+        is_part = False
+        if folder != root and len(images) == 1:
+            image = images[0]
+            if named is not None and image.modality in (named, None):
+                image.modality, is_part = named, True
+            is_part = is_part or (image.study is not None and studies[folder.parent, image.study] > 1)
+        found.setdefault(folder.parent if is_part else folder, []).extend(images)
+
+    scans = [_make_scan(root, folder, images, derived) for folder, images in sorted(found.items())]
+    if root not in found:
+        covered = {folder.relative_to(root).parts[0] for folder in found}
+        for child in sorted(root.iterdir()):
+            if child.is_dir() and child.name not in covered | {"derivatives"} and not child.name.startswith("."):
+                scans.append(Scan(child.name, child.name, problem="the folder holds no NIfTI file and no DICOM series"))
     return scans
 
 
-def _images_in(folder: Path, names: list[str]) -> list[tuple[str | None, Path, str | None]]:
-    """Modality, file and DICOM series of every image that lies directly in a folder."""
-    images: list[tuple[str | None, Path, str | None]] = []
+@dataclasses.dataclass
+class _Image:
+    """One image that was found: a NIfTI file, or a DICOM series and the study it belongs to."""
+
+    modality: str | None
+    path: Path
+    series: str | None = None
+    study: str | None = None
+
+
+def _images_in(folder: Path, names: list[str]) -> list[_Image]:
+    """Every image that lies directly in a folder."""
+    images = []
     dicoms = []
     for name in names:
         if name.startswith("."):
             continue
         if name.lower().endswith(_NIFTI):
-            images.append((find_modality(name), folder / name, None))
+            # The subject's own name may hold a word that looks like a modality: lesion_t1_study/lesion_t1_study_t2.nii
+            modality = find_modality(name.removeprefix(folder.name)) or find_modality(name)
+            images.append(_Image(modality, folder / name))
         elif name.lower().endswith(_DICOM) or ("." not in name and _is_dicom(folder / name)):
             dicoms.append(folder / name)
-    if dicoms:
-        series: dict[str, str] = {}
-        for path in dicoms:
-            header = _pydicom().dcmread(path, stop_before_pixels=True, force=True)
-            uid = str(header.get("SeriesInstanceUID", ""))
-            if uid and uid not in series:
-                series[uid] = " ".join(str(header.get(key, "")) for key in ("SeriesDescription", "ProtocolName"))
-        for uid, description in series.items():
-            modality = find_modality(description.replace("/", " "))
-            images.append((modality or (find_modality(folder.name) if len(series) == 1 else None), folder, uid))
-    return images
+    series: dict[str, _Image] = {}
+    for path in dicoms:
+        header = _pydicom().dcmread(path, stop_before_pixels=True, force=True)
+        uid = str(header.get("SeriesInstanceUID", ""))
+        if uid and uid not in series:
+            words = " ".join(str(header.get(key, "")) for key in ("SeriesDescription", "ProtocolName"))
+            study = str(header.get("StudyInstanceUID", "")) or None
+            series[uid] = _Image(find_modality(words.replace("/", " ")), folder, uid, study)
+    return images + list(series.values())
 
 
 def _is_dicom(path: Path) -> bool:
@@ -188,9 +207,7 @@ def _pydicom() -> Any:
     return pydicom
 
 
-def _make_scan(
-    root: Path, folder: Path, images: list[tuple[str | None, Path, str | None]], derived: list[Path]
-) -> Scan:
+def _make_scan(root: Path, folder: Path, images: list[_Image], derived: list[Path]) -> Scan:
     """Name the subject and sort its images by modality."""
     parts = list(folder.relative_to(root).parts)
     source = "/".join(parts) or root.resolve().name
@@ -201,25 +218,20 @@ def _make_scan(
         parts.pop()
     scan = Scan("/".join(parts) or root.resolve().name, source)
 
-    if bids is not None and not any(modality == MASK for modality, _, _ in images):
+    if bids is not None and not any(image.modality == MASK for image in images):
         wanted = {part for part in Path(source).parts if part.startswith(("sub-", "ses-"))}
-        images = images + [(MASK, path, None) for path in derived if wanted <= set(path.parts)]
-    by_modality: dict[str, list[tuple[Path, str | None]]] = {}
-    for modality, path, uid in images:
-        if modality is not None:
-            by_modality.setdefault(modality, []).append((path, uid))
+        images = images + [_Image(MASK, path) for path in derived if wanted <= set(path.parts)]
     for modality in (*CANONICAL_MODALITIES, MASK):
-        if modality in by_modality:
-            scan.files[modality], uid = by_modality[modality][0]
-            if uid is not None:
-                scan.series[modality] = uid
-    twice = {modality: entries for modality, entries in by_modality.items() if len(entries) > 1}
-    if twice:
-        modality, entries = next(iter(twice.items()))
-        names = ", ".join(path.name if uid is None else f"series {uid}" for path, uid in entries)
-        scan.problem = f"{len(entries)} files for {modality}: {names}; keep one, and one folder per subject"
-    elif not set(scan.files) - {MASK}:
-        names = ", ".join(path.name for _, path, _ in images[:4])
+        these = [image for image in images if image.modality == modality]
+        if len(these) > 1 and not scan.problem:
+            names = ", ".join(image.path.name if image.series is None else f"series {image.series}" for image in these)
+            scan.problem = f"{len(these)} files for {modality}: {names}; keep one, and one folder per subject"
+        if these:
+            scan.files[modality] = these[0].path
+            if these[0].series is not None:
+                scan.series[modality] = these[0].series
+    if not set(scan.files) - {MASK}:
+        names = ", ".join(image.path.name for image in images[:4])
         scan.problem = f"no file name tells a modality: {names}"
     return scan
 
@@ -482,7 +494,8 @@ def read_scans(
         image_size (`int`, *optional*, defaults to 128): Height and width of the slices.
         strict (`bool`, *optional*, defaults to `False`): Stop at the first scan that cannot be used, and refuse to
             resample.
-        num_workers (`int`, *optional*, defaults to 1): Processes that read; 1 reads in this one.
+        num_workers (`int`, *optional*, defaults to 1): Threads that read; most of the work is in zlib, NumPy and
+            Pillow, which let other threads run.
 
     Yields:
         `tuple[ScanReport, list[dict]]`: What became of a scan, and its rows; no rows if it was left out.
@@ -499,12 +512,7 @@ def read_scans(
         has = tuple(name for name in (*modalities, MASK) if name in scan.files)
         return ScanReport(scan.subject, scan.source, has, len(rows), notes, left_out), rows
 
-    if num_workers <= 1:
-        for scan in scans:
-            yield report(scan, _try_scan(scan, modalities, image_size, strict))
-        return
-    # "spawn": forking a process that already runs torch's threads can hang.
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+    with ThreadPoolExecutor(num_workers) as pool:
         waiting: collections.deque = collections.deque()
         try:
             for scan in scans:
@@ -522,10 +530,8 @@ def read_scans(
 def _try_scan(
     scan: Scan, modalities: Sequence[str], image_size: int, strict: bool
 ) -> tuple[list[dict[str, Any]], list[str], str | None]:
-    """`read_scan`, with the reason for leaving it out in place of an exception, as it must cross processes."""
+    """`read_scan`, with the reason for leaving the scan out in place of an exception."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of nibabel and pydicom, about headers; what matters becomes a note
-            return *read_scan(scan, modalities, image_size, strict), None
+        return *read_scan(scan, modalities, image_size, strict), None
     except ValueError as error:
         return [], [], str(error)

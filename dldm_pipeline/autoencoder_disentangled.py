@@ -182,6 +182,10 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             nn.Conv2d(d0, patch_channels, 3, padding=1),
         )
 
+        for head, channels in ((self.structure_out[-1], structure_channels), (self.style_out[-1], style_channels)):
+            # Posteriors start narrow (deviation 0.05), or their noise would drown the first signal.
+            nn.init.constant_(head.bias[channels:], -6.0)
+
     @property
     def num_modalities(self) -> int:
         return len(self.config.modalities)

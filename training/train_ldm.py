@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
@@ -418,6 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resolution not in (None, size):
         raise ValueError(f"--resolution {args.resolution}: the autoencoder in {autoencoder_folder} takes {size}")
     args.resolution = size
+    torch.manual_seed(args.seed)
     unet = load_unet(args, autoencoder)
 
     accelerator = make_accelerator(args)
@@ -457,6 +459,8 @@ def main(argv: list[str] | None = None) -> None:
     if ema is not None:
         ema.to(accelerator.device)
     start_trackers(accelerator, "dldm-ldm", args)
+    # Again, because encoding draws random numbers and reading the cache does not.
+    set_seed(args.seed, device_specific=accelerator.num_processes > 1)
     clock.start()
     if args.resume_from_checkpoint:
         load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, clock, ema)

@@ -1,0 +1,361 @@
+import errno
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dldm_pipeline import training_utils
+from dldm_pipeline.training_utils import (
+    TrainingClock,
+    TrainingParser,
+    add_training_arguments,
+    averaged_weights,
+    clear_errors,
+    list_checkpoints,
+    load_checkpoint,
+    make_accelerator,
+    make_ema,
+    make_output_dir,
+    parse_args,
+    phantom_dataset,
+    push_folder,
+    save_checkpoint,
+    write_model_card,
+    write_pretrained,
+)
+
+
+@pytest.fixture
+def parser(tmp_path):
+    def build(text="learning_rate: 1e-3\nuse_ema: false\n"):
+        (tmp_path / "small.yaml").write_text(text)
+        parser = TrainingParser(presets=tmp_path, default_config="small")
+        add_training_arguments(parser)
+        parser.add_argument("--widths", type=int, nargs="*", default=[1])
+        return parser
+
+    return build
+
+
+# Arguments
+
+
+def test_the_command_line_overrides_the_preset_and_the_preset_the_defaults(parser, tmp_path):
+    (tmp_path / "other.yaml").write_text("seed: 7\nwidths: [8, 16]\nlr_scheduler: constant\nmax_train_minutes: null\n")
+    assert parse_args(parser(), []).learning_rate == 1e-3
+    assert parse_args(parser(), []).use_ema is False
+    args = parse_args(parser(), ["--learning_rate", "0.5", "--use_ema"])
+    assert (args.learning_rate, args.use_ema) == (0.5, True)
+    for name in ("other", str(tmp_path / "other.yaml")):
+        args = parse_args(parser(), ["--config", name, "--seed", "8"])
+        assert (args.seed, args.widths, args.lr_scheduler, args.max_train_minutes) == (8, [8, 16], "constant", None)
+        assert args.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    "text, words, expected",
+    [
+        ("learning_rat: 1", [], "unknown key 'learning_rat'"),
+        ("learning_rat: 1", [], "did you mean 'learning_rate'"),
+        ("config: x", [], "unknown key 'config'"),
+        ("use_ema: maybe", [], "'use_ema'"),
+        ("learning_rate: [", [], "not YAML"),
+        ("- a", [], "not a list"),
+        ("train_batch_size: 0", [], "--train_batch_size"),
+        ("lr_scheduler: linear", [], "invalid choice: 'linear'"),
+        ("", ["--learning_rate", "nan"], "--learning_rate"),
+        ("", ["--learning_rate", "-1"], "-1 is not above zero"),
+        ("", ["--max_train_minutes", "x"], "--max_train_minutes"),
+        ("", ["--config", "absent"], "presets are small"),
+        ("", ["--ema_decay", "1.5"], "--ema_decay"),
+        ("", ["--learn", "1"], "--learn"),
+    ],
+)
+def test_bad_arguments_give_one_line_and_status_2(parser, capsys, text, words, expected):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(parser(text), words)
+    output = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert output.startswith("error: ") and output.count("\n") == 1 and expected in output
+
+
+def test_help_shows_the_values_of_the_preset(parser, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(parser("ema_decay: 0.123\n"), ["--help"])
+    assert caught.value.code == 0
+    assert "0.123" in capsys.readouterr().out
+
+
+@given(st.floats(1e-9, 1e9), st.integers(1, 10**9), st.booleans(), st.lists(st.integers(0, 10**6), max_size=5))
+def test_a_preset_gives_back_what_was_written(tmp_path_factory, rate, steps, ema, widths):
+    folder = tmp_path_factory.mktemp("presets")
+    preset = {"learning_rate": rate, "max_train_steps": steps, "use_ema": ema, "widths": widths}
+    (folder / "p.yaml").write_text(json.dumps(preset))  # JSON is YAML
+    parser = TrainingParser(presets=folder, default_config="p")
+    add_training_arguments(parser)
+    parser.add_argument("--widths", type=int, nargs="*")
+    args = vars(parse_args(parser, []))
+    assert {name: args[name] for name in preset} == preset
+
+
+@pytest.mark.parametrize("error", [ValueError("a\nb"), FileNotFoundError("a b"), OSError(errno.ENOSPC, "a b")])
+def test_bad_input_is_one_line(capsys, error):
+    with pytest.raises(SystemExit) as caught, clear_errors():
+        raise error
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ") and "a b" in str(error).replace("\n", " ")
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), clear_errors():
+        raise ZeroDivisionError
+
+
+# Set-up
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="file.*choose another folder"):
+            make_output_dir(path)
+    assert make_output_dir(tmp_path / "a" / "b").is_dir()
+    assert not list((tmp_path / "a" / "b").iterdir())
+
+
+def test_a_tracker_that_is_not_installed_is_refused(parser, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    args = parse_args(parser(), ["--output_dir", str(tmp_path / "out"), "--report_to", "wandb"])
+    with pytest.raises(ValueError, match="pip install wandb"):
+        make_accelerator(args)
+
+
+def test_threads_are_left_alone_unless_asked_for(parser, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    before = torch.get_num_threads()
+    try:
+        for words, expected in (([], before), (["--num_threads", "1"], 1)):
+            make_accelerator(parse_args(parser(), ["--output_dir", str(tmp_path), *words]))
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_simulated_subjects_are_made_once(tmp_path):
+    folder = phantom_dataset(4, 64, root=tmp_path, num_workers=1, show_progress=False)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    assert folder == tmp_path / "phantom-64-4" and times
+    assert phantom_dataset(4, 64, root=tmp_path, num_workers=1, show_progress=False) == folder
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
+def test_an_interrupted_simulation_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        yield {"subject": "a", "slice_index": 0, "T1": np.zeros((64, 64), np.float32)}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dldm_pipeline.data.phantom.phantom_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        phantom_dataset(4, 64, root=tmp_path, show_progress=False)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+# Clock
+
+
+def rates(clock, optimizer, steps):
+    found = []
+    for _ in range(steps):
+        optimizer.step()
+        clock.tick()
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def make_clock(*arguments, name="cosine", warmup=4):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    clock = TrainingClock(*arguments)
+    clock.add_schedule(optimizer, name, warmup)
+    return clock, optimizer
+
+
+def test_the_rate_warms_up_and_follows_the_steps():
+    clock, optimizer = make_clock(20)
+    assert optimizer.param_groups[0]["lr"] == 0
+    found = rates(clock, optimizer, 20)
+    assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert np.all(np.diff(found[3:]) < 0) and found[-1] == pytest.approx(0)
+    assert clock.done and clock.step == 20
+    clock, optimizer = make_clock(20, name="constant")
+    assert rates(clock, optimizer, 20)[3:] == [1.0] * 17
+
+
+def test_the_rate_follows_the_time_when_that_ends_first(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(training_utils.time, "monotonic", lambda: now[0])
+    clock, optimizer = make_clock(1_000_000, 1.0)
+    now[0] += 50
+    clock.start()
+    rates(clock, optimizer, 10)
+    now[0] += 30
+    assert rates(clock, optimizer, 1) == pytest.approx([0.5], abs=0.01)
+    assert not clock.done
+    now[0] += 30
+    assert rates(clock, optimizer, 1) == pytest.approx([0], abs=1e-6)
+    assert clock.done
+
+    again, optimizer = make_clock(1_000_000, 2.0)
+    again.load_state_dict(clock.state_dict())
+    assert again.step == 12 and again.progress == pytest.approx(0.5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5, abs=0.01)
+
+
+# Checkpoints
+
+
+def make_run(seed=0):
+    torch.manual_seed(seed)
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ema = make_ema(model, Namespace(use_ema=True, ema_decay=0.9))
+    clock = TrainingClock(10)
+    clock.add_schedule(optimizer, "cosine", 2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def train(steps):
+        for _ in range(steps):
+            accelerator.backward(model(torch.randn(2, 3)).square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(model.parameters())
+            clock.tick()
+
+    return accelerator, model, ema, clock, train
+
+
+def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path):
+    accelerator, model, ema, clock, train = make_run()
+    train(3)
+    torch.manual_seed(1)
+    save_checkpoint(accelerator, tmp_path, clock, ema)
+    train(4)
+
+    accelerator, other, other_ema, other_clock, train = make_run(seed=5)
+    assert load_checkpoint(accelerator, tmp_path, "latest", other_clock, other_ema) == tmp_path / "checkpoint-3"
+    train(4)
+    assert other_clock.step == 7
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(other_ema.shadow_params, ema.shadow_params, rtol=0, atol=0)
+
+
+def test_old_checkpoints_go_and_nothing_half_written_stays(tmp_path, monkeypatch):
+    accelerator, model, ema, clock, train = make_run()
+    for _ in range(3):
+        train(1)
+        save_checkpoint(accelerator, tmp_path, clock, ema, total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").is_file()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    train(1)
+    monkeypatch.setattr(training_utils, "save_file", full)
+    with pytest.raises(OSError, match="could not write checkpoint-4.*No space left"):
+        save_checkpoint(accelerator, tmp_path, clock, ema, total_limit=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_resuming_from_what_does_not_fit_is_refused(tmp_path):
+    accelerator, model, ema, clock, train = make_run()
+    assert load_checkpoint(accelerator, tmp_path, "latest", clock, ema) is None
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_checkpoint(accelerator, tmp_path, str(tmp_path / "absent"), clock, ema)
+    folder = save_checkpoint(accelerator, tmp_path, clock)
+    with pytest.raises(ValueError, match="no-use_ema"):
+        load_checkpoint(accelerator, tmp_path, "latest", clock, ema)
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(torch.nn.Linear(5, 5))
+    with pytest.raises(ValueError, match="does not fit"):
+        load_checkpoint(accelerator, tmp_path, str(folder), clock)
+
+
+def test_averaged_weights_are_in_place_inside_the_block_only():
+    model = torch.nn.Linear(2, 2)
+    ema = make_ema(model, Namespace(use_ema=True, ema_decay=0.9))
+    average = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        model.weight.add_(1)
+    own = model.weight.clone()
+    with averaged_weights(model, ema):
+        assert torch.equal(model.weight, average[0])
+    assert torch.equal(model.weight, own)
+    with averaged_weights(model, None):
+        assert torch.equal(model.weight, own)
+
+
+# Results
+
+
+def test_a_model_replaces_the_old_one_only_when_complete(tmp_path):
+    def save(folder: Path, value="new"):
+        (folder / "unet").mkdir()
+        (folder / "unet" / "config.json").write_text(value)
+        (folder / "model_index.json").write_text(value)
+
+    def fail(folder: Path):
+        save(folder, "half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "checkpoint-1").mkdir()
+    write_pretrained(save, tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        write_pretrained(fail, tmp_path)
+    write_pretrained(save, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "model_index.json", "unet"]
+    assert (tmp_path / "unet" / "config.json").read_text() == "new"
+
+
+def test_the_model_card_says_what_it_must(tmp_path):
+    path = write_model_card(
+        tmp_path, "Title", "Text.", {"v-loss": 0.123456}, {"seed": 0, "none": None}, {"Caption": "samples.png"}, ["x"]
+    )
+    text = path.read_text()
+    assert text.startswith("---\n") and "license: apache-2.0" in text and "- x\n" in text
+    assert "| v-loss | 0.1235 |" in text and "| seed | 0 |" in text and "none" not in text
+    assert "![Caption](samples.png)" in text and "Not for diagnosis" in text
+
+
+def test_a_push_uploads_the_folder_and_a_failing_one_is_a_clear_error(tmp_path, monkeypatch):
+    calls = {}
+
+    class Api:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, exist_ok):
+            return Namespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, **kwargs):
+            calls.update(kwargs)
+            return Namespace(commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr(training_utils, "HfApi", Api)
+    args = Namespace(hub_token="t", hub_model_id=None)
+    assert push_folder(tmp_path / "brains", args) == "https://hub/commit/1"
+    assert calls["repo_id"] == "me/brains" and calls["token"] == "t" and "checkpoint-*" in calls["ignore_patterns"]
+
+    def fail(self, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(Api, "upload_folder", fail)
+    with pytest.raises(OSError, match="--push_to_hub.*safe in.*no network"):
+        push_folder(tmp_path / "brains", args)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from dldm_pipeline import DisentangledAutoencoder
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.muon import make_optimizers
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,
@@ -214,13 +215,13 @@ def main(argv: list[str] | None = None) -> None:
         validation_set, torch.linspace(0, len(validation_set) - 1, min(64, len(validation_set))).long().tolist()
     )
     validation_loader = DataLoader(validation_subset, 16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    objective, optimizer, loader, validation_loader = accelerator.prepare(
-        DisentangledLoss(model, args), optimizer, loader, validation_loader
+    objective, *optimizers, loader, validation_loader = accelerator.prepare(
+        DisentangledLoss(model, args), *make_optimizers(model, args.learning_rate), loader, validation_loader
     )
     ema = make_ema(model, args)
     clock = TrainingClock(args.max_train_steps, args.max_train_minutes, accelerator)
-    clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
+    for optimizer in optimizers:
+        clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
     start_trackers(accelerator, "dldm-autoencoder", args)
     clock.start()
     if args.resume_from_checkpoint:
@@ -245,8 +246,9 @@ def main(argv: list[str] | None = None) -> None:
                 accelerator.backward(sum(weights[name] * term for name, term in terms.items()))
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
             if not accelerator.sync_gradients:
                 continue
             if ema is not None:

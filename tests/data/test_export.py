@@ -1,0 +1,176 @@
+"""Exported subjects: what is in the files, that they read back as scans, and that nothing is lost or half-written."""
+
+import errno
+import hashlib
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dldm_pipeline.data.export as module
+from dldm_pipeline.data.export import check_export_folder, checkpoint_hashes, export_subjects
+from dldm_pipeline.data.phantom import simulate_subject
+from dldm_pipeline.data.volumes import find_scans, read_scan
+from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
+
+NAMES = ["T1", "FLAIR", "WB"]
+
+
+def make_output(count=2, size=64) -> DLDMPipelineOutput:
+    subjects = [simulate_subject(seed, size, NAMES) for seed in range(count)]
+    return DLDMPipelineOutput(
+        images=np.stack([subject.images for subject in subjects]),
+        masks=np.stack([subject.mask for subject in subjects]).astype(bool),
+        structure=torch.zeros(count, 4, 8, 8),
+        styles=torch.zeros(count, len(NAMES), 3),
+        modalities=NAMES,
+    )
+
+
+@pytest.fixture(scope="module")
+def output() -> DLDMPipelineOutput:
+    return make_output()
+
+
+def files_of(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_files_and_manifest(output, tmp_path):
+    weights = tmp_path / "pipeline" / "unet" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    folder = export_subjects(
+        output, tmp_path / "out", seed=7, settings={"num_inference_steps": 3}, checkpoint=tmp_path / "pipeline"
+    )
+    names = [f"synthetic-{k:04d}" for k in range(2)]
+    kinds = ["t1", "flair", "wb", "seg"]
+    expected = [f"{n}/{n}_{kind}{end}" for n in names for kind in kinds for end in (".png", ".nii.gz")]
+    assert files_of(folder) == sorted(["manifest.json", "sheet.png", *expected])
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["synthetic"] is True and "Not for diagnosis" in manifest["notice"]
+    assert manifest["seed"] == 7 and manifest["settings"] == {"num_inference_steps": 3}
+    assert manifest["modalities"] == NAMES and manifest["num_subjects"] == 2
+    assert manifest["checkpoint"]["sha256"] == {"unet/model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in manifest["versions"]
+    for subject, mask in zip(manifest["subjects"], output.masks, strict=True):
+        assert subject["tumour_pixels"] == mask.sum()
+        for pair in subject["files"].values():
+            assert (folder / pair["nifti"]).is_file() and (folder / pair["png"]).is_file()
+
+
+def test_png_and_nifti_hold_the_images_to_16_bits_and_the_mark(output, tmp_path):
+    folder = export_subjects(output, tmp_path / "out", pixel_spacing=(1.5, 2.0))
+    for kind, image in zip(["t1", "flair", "wb"], output.images[1], strict=True):
+        stem = folder / "synthetic-0001" / f"synthetic-0001_{kind}"
+        with Image.open(f"{stem}.png") as png:
+            assert png.mode == "I;16" and png.text["Synthetic"] == "true"
+            pixels = np.asarray(png)
+        np.testing.assert_allclose(pixels / 65535, image, atol=1 / 65535)
+        nifti = nib.load(f"{stem}.nii.gz")
+        assert nifti.shape == (64, 64, 1) and nifti.get_data_dtype() == np.uint16
+        assert nifti.header.get_zooms() == (2.0, 1.5, 1.0)
+        assert nib.aff2axcodes(nifti.affine) == ("R", "A", "S")
+        assert b"SYNTHETIC" in nifti.header["descrip"].item()
+        assert b"Not for diagnosis" in nifti.header.extensions[0].get_content()
+        # x to the right, y to anterior; the image has the patient's right on the left and anterior on top
+        assert np.array_equal(np.asarray(nifti.dataobj)[:, :, 0], pixels[::-1, ::-1].T)
+    with Image.open(folder / "synthetic-0001" / "synthetic-0001_seg.png") as png:
+        assert np.array_equal(np.asarray(png) > 0, output.masks[1]) and png.text["Synthetic"] == "true"
+
+
+def test_an_export_reads_back_as_scans_without_renaming(output, tmp_path):
+    folder = export_subjects(output, tmp_path / "out")
+    scans = find_scans(folder)
+    assert [scan.subject for scan in scans] == ["synthetic-0000", "synthetic-0001"]
+    rows, _ = read_scan(scans[0], NAMES, image_size=64, strict=True)
+    assert len(rows) == 1
+    # The reader windows intensities and cuts to the brain again; position and contrast must survive.
+    for name, image in zip(NAMES, output.images[0], strict=True):
+        assert np.corrcoef(rows[0][name].ravel(), image.ravel())[0, 1] > 0.9
+    assert rows[0]["mask"].sum() == pytest.approx(output.masks[0].sum(), rel=0.3)
+
+
+def test_tensors_export_like_arrays(output, tmp_path):
+    tensors = DLDMPipelineOutput(
+        images=torch.from_numpy(output.images),
+        masks=torch.from_numpy(output.masks),
+        structure=output.structure,
+        styles=output.styles,
+        modalities=NAMES,
+    )
+    one, other = export_subjects(output, tmp_path / "np"), export_subjects(tensors, tmp_path / "pt")
+    assert files_of(one) == files_of(other)
+    name = "synthetic-0000/synthetic-0000_t1.png"
+    assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_full_folder_is_kept(output, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="out is not empty"):
+        export_subjects(output, folder)
+    with pytest.raises(FileExistsError, match="not overwritten"):
+        export_subjects(output, folder, overwrite=True)
+    assert files_of(tmp_path) == ["out/thesis.txt"]
+    with pytest.raises(FileExistsError, match="is a file"):
+        check_export_folder(folder / "thesis.txt")
+
+
+def test_overwrite_replaces_an_export_whole(output, tmp_path):
+    folder = export_subjects(output, tmp_path / "out")
+    export_subjects(make_output(1), folder, seed=5, overwrite=True)
+    assert json.loads((folder / "manifest.json").read_text())["seed"] == 5
+    assert not (folder / "synthetic-0001").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_full_disk_leaves_nothing_half_written(output, tmp_path, monkeypatch, overwrite):
+    if overwrite:
+        export_subjects(output, tmp_path / "out", seed=1)
+    before = files_of(tmp_path)
+    written = []
+
+    def save(nifti, path):
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.nib, "save", save)
+    with pytest.raises(OSError, match="disk is full"):
+        export_subjects(output, tmp_path / "out", overwrite=overwrite)
+    assert files_of(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == overwrite
+
+
+def test_a_folder_that_cannot_be_made_is_named(output, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write .*file/out"):
+        check_export_folder(tmp_path / "file" / "out")
+    with pytest.raises(OSError, match="cannot write .*file/out"):
+        export_subjects(output, tmp_path / "file" / "out")
+
+
+def test_outputs_without_float_images_are_refused(output, tmp_path):
+    for images in (None, [[Image.new("L", (4, 4))] * 3] * 2):
+        bare = DLDMPipelineOutput(images, None, output.structure, output.styles, NAMES)
+        with pytest.raises(ValueError, match="output_type='np'"):
+            export_subjects(bare, tmp_path / "out")
+    broken = DLDMPipelineOutput(output.images * np.nan, output.masks, output.structure, output.styles, NAMES)
+    with pytest.raises(ValueError, match="not numbers"):
+        export_subjects(broken, tmp_path / "out")
+    same = DLDMPipelineOutput(output.images, output.masks, output.structure, output.styles, ["T1", "t1", "WB"])
+    with pytest.raises(ValueError, match="file names"):
+        export_subjects(same, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hashes_need_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no safetensors"):
+        checkpoint_hashes(tmp_path)

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from dldm_pipeline import BUNDLED_CHECKPOINT, DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.muon import make_optimizers
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,
@@ -449,13 +450,12 @@ def main(argv: list[str] | None = None) -> None:
     validation_batch = draw_batch(validation_latents, VALIDATION_SUBJECTS, scheduler, plain, generator)
 
     unet.to(accelerator.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    optimizers = make_optimizers(unet, args.learning_rate)
     ema = make_ema(unet, args)
     clock = TrainingClock(args.max_train_steps, args.max_train_minutes, accelerator)
-    clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
-    model, optimizer = accelerator.prepare(unet, optimizer)
+    for optimizer in optimizers:
+        clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
+    model, *optimizers = accelerator.prepare(unet, *optimizers)
     if ema is not None:
         ema.to(accelerator.device)
     start_trackers(accelerator, "dldm-ldm", args)
@@ -481,8 +481,9 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         if not accelerator.sync_gradients:
             continue
         if ema is not None:
@@ -491,7 +492,7 @@ def main(argv: list[str] | None = None) -> None:
         bar.update(min(100 * clock.progress, 100) - bar.n)
         if clock.step % 10 == 0:
             average_loss = loss.item() if average_loss is None else 0.95 * average_loss + 0.05 * loss.item()
-            rate = optimizer.param_groups[0]["lr"]
+            rate = optimizers[0].param_groups[0]["lr"]
             bar.set_postfix_str(f"step {clock.step}, loss {average_loss:.4f}, learning rate {rate:.1e}")
             accelerator.log({"train/loss": loss.item(), "train/learning_rate": rate}, step=clock.step)
         if args.validation_steps and clock.step % args.validation_steps == 0 and is_main:

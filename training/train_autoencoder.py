@@ -61,7 +61,8 @@ def build_parser() -> TrainingParser:
     loss.add_argument("--mix_probability", type=float, default=0.5, help="share of styles taken from another subject")
     loss.add_argument("--subset_probability", type=float, default=0.5, help="share of structures from a random subset")
     loss.add_argument("--curve_deviation", type=float, default=0.15, help="spread of log gamma of the random curves")
-    loss.add_argument("--edge_weight", type=float, default=1.0, help="weight of the gradient term")
+    loss.add_argument("--mse_weight", type=float, default=10.0, help="weight of the squared error: thin bright structures")
+    loss.add_argument("--edge_weight", type=float, default=0.5, help="weight of the gradient term")
     loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
     loss.add_argument("--agreement_weight", type=float, default=0.02, help="weight of subset structure against full")
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
@@ -128,6 +129,7 @@ class DisentangledLoss(torch.nn.Module):
         cross_entropy = F.binary_cross_entropy_with_logits(output.mask, mask, weight=known.expand_as(mask))
         return {
             "l1": (weight * (output.sample - targets).abs()).mean(),
+            "mse": (weight * (output.sample - targets) ** 2).mean(),
             "edge": sum(
                 (weight * (a - b).abs()).mean() for a, b in zip(edges(output.sample), edges(targets), strict=True)
             ),
@@ -229,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
 
     weights = {
         "l1": 1.0,
+        "mse": args.mse_weight,
         "edge": args.edge_weight,
         "mask": args.mask_weight,
         "agreement": args.agreement_weight,

@@ -182,6 +182,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             nn.Conv2d(d0, patch_channels, 3, padding=1),
         )
 
+        # How the mean structure of each modality alone differs from that of all of them, over the training set.
+        offset = torch.zeros(n, structure_channels, self.latent_size, self.latent_size)
+        self.register_buffer("structure_offset", offset)
         for head, channels in ((self.structure_out[-1], structure_channels), (self.style_out[-1], style_channels)):
             # Posteriors start narrow (deviation 0.05), or their noise would drown the first signal.
             nn.init.constant_(head.bias[channels:], -6.0)
@@ -255,9 +258,20 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             z = (w.softmax(dim=1) * features).sum(dim=1)
             for block in self.fusion:
                 z = block(z)
-            structure_dist = DiagonalGaussianDistribution(self.structure_out(z))
+            mean, logvar = self.structure_out(z).chunk(2, dim=1)
+            structure_dist = DiagonalGaussianDistribution(torch.cat([mean - self._offset(present), logvar], dim=1))
             outputs.append(DisentangledEncoderOutput(structure_dist=structure_dist, style_dist=style_dist))
         return outputs
+
+    def _offset(self, present: torch.Tensor | None) -> torch.Tensor | float:
+        # Exact for one modality and (zero) for all; between them it falls with the number k present like an average does.
+        n = self.num_modalities
+        if present is None or n == 1:
+            return 0.0
+        share = present.to(self.structure_offset.dtype)
+        k = share.sum(dim=1)[:, None, None, None]
+        mean = torch.einsum("bm,mchw->bchw", share, self.structure_offset) / k
+        return mean - self.structure_offset.mean(dim=0) * (1 - 1 / k) * n / (n - 1)
 
     def decode(
         self, z_struct: torch.Tensor, z_style: torch.Tensor, return_dict: bool = True

@@ -61,7 +61,9 @@ def build_parser() -> TrainingParser:
     loss.add_argument("--mix_probability", type=float, default=0.5, help="share of styles taken from another subject")
     loss.add_argument("--subset_probability", type=float, default=0.5, help="share of structures from a random subset")
     loss.add_argument("--curve_deviation", type=float, default=0.15, help="spread of log gamma of the random curves")
-    loss.add_argument("--mse_weight", type=float, default=10.0, help="weight of the squared error: thin bright structures")
+    loss.add_argument(
+        "--mse_weight", type=float, default=10.0, help="weight of the squared error: thin bright structures"
+    )
     loss.add_argument("--edge_weight", type=float, default=0.5, help="weight of the gradient term")
     loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
     loss.add_argument("--agreement_weight", type=float, default=0.02, help="weight of subset structure against full")
@@ -98,6 +100,7 @@ class DisentangledLoss(torch.nn.Module):
         super().__init__()
         self.autoencoder = autoencoder
         self.args = args
+        self.errors = None  # running squared error of each modality
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         images, present, args = batch["images"], batch["present"], self.args
@@ -114,11 +117,15 @@ class DisentangledLoss(torch.nn.Module):
 
         from_subset = torch.rand(batch_size, 1, 1, 1, device=device) < args.subset_probability
         structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())
-        # Strategy 4: the loss is averaged over modalities drawn at random.
-        chosen = torch.randperm(n, device=device)[: args.target_modalities]
+        # Strategy 4: the loss is averaged over modalities drawn at random, the ones rebuilt worst the most often.
+        if self.errors is None:
+            self.errors = torch.ones(n, device=device)
+        chosen = torch.multinomial(self.errors**2, min(args.target_modalities, n))
         output = self.autoencoder.decode(structure, styles[:, chosen])
         targets, weight = targets[:, chosen], present[:, chosen, None, None].float()
         weight = weight / weight.mean().clamp(min=1e-6)
+        squared = (weight * (output.sample - targets) ** 2).mean(dim=(0, 2, 3))
+        self.errors[chosen] = self.errors[chosen].lerp(squared.detach().float().clamp(min=1e-5), 0.02)
 
         mode, subset_mode = full.structure_dist.mode().detach(), some.structure_dist.mode()
         spread = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
@@ -129,7 +136,7 @@ class DisentangledLoss(torch.nn.Module):
         cross_entropy = F.binary_cross_entropy_with_logits(output.mask, mask, weight=known.expand_as(mask))
         return {
             "l1": (weight * (output.sample - targets).abs()).mean(),
-            "mse": (weight * (output.sample - targets) ** 2).mean(),
+            "mse": squared.mean(),
             "edge": sum(
                 (weight * (a - b).abs()).mean() for a, b in zip(edges(output.sample), edges(targets), strict=True)
             ),
@@ -166,16 +173,28 @@ def validate(model: DisentangledAutoencoder, loader: DataLoader, path: Path) -> 
 
 @torch.no_grad()
 def measure_latents(model: DisentangledAutoencoder, loader: DataLoader) -> None:
-    """Write mean and deviation of every latent channel over the whole training set into the model's config."""
+    """Measure latents over the whole training set and keep the result in the model.
+
+    Mean and deviation of every channel go to the config. How the mean structure of one modality alone differs from that of
+    all goes to `structure_offset`, which `encode` takes off: else the structure tells which modality it came from.
+    """
     sums = {"structure": [0.0, 0.0, 0], "style": [0.0, 0.0, 0]}
+    offset, counts = torch.zeros_like(model.structure_offset, dtype=torch.float64), torch.zeros(model.num_modalities)
+    model.structure_offset.zero_()
     for batch in tqdm(loader, desc="measuring latents", unit="batch"):
-        posterior = model.encode(batch["images"], batch["present"])
-        style = posterior.style_dist.mode()[batch["present"]]
-        for kind, z in (("structure", posterior.structure_dist.mode()), ("style", style)):
+        present = batch["present"]
+        alone = torch.eye(model.num_modalities, dtype=torch.bool)[:, None].expand(-1, len(present), -1)
+        full, *single = model.encode_subsets(batch["images"], [present, *alone])
+        structure = full.structure_dist.mode()
+        for m, output in enumerate(single):
+            offset[m] += (output.structure_dist.mode() - structure)[present[:, m]].double().sum(dim=0)
+            counts[m] += present[:, m].sum()
+        for kind, z in (("structure", structure), ("style", full.style_dist.mode()[present])):
             z = z.double().transpose(0, 1).flatten(1)
             sums[kind][0] += z.sum(dim=1)
             sums[kind][1] += (z**2).sum(dim=1)
             sums[kind][2] += z.shape[1]
+    model.structure_offset.copy_(offset / counts.clamp(min=1)[:, None, None, None])
     for kind, (total, squares, count) in sums.items():
         mean = total / count
         deviation = (squares / count - mean**2).clamp(min=1e-12).sqrt()

@@ -185,8 +185,9 @@ def spectrum_report(spectrum: dict, names: list[str], what: str) -> str:
 def disentanglement_report(result: dict) -> str:
     titles = {
         "style": "z_style",
-        "structure_pooled": "z_struct of one modality, mean and deviation",
+        "structure_mean": "z_struct of one modality, mean over the grid",
         "structure_full": "z_struct of one modality, whole",
+        "structure_mean_deviation": "not linear, does not count: mean and deviation over the grid",
         "structure_full_shuffled": "reference: the same with shuffled labels",
         "images": "reference: images in 8×8 blocks",
     }
@@ -196,7 +197,7 @@ def disentanglement_report(result: dict) -> str:
     ]
     lines = ["## Disentanglement", "A linear probe names the modality of unseen subjects, in % of codes:\n"]
     lines += [table(["code", "features", "accuracy", "chance"], rows)]
-    lines += [f"\n- structure: {result['structure_over_chance']:.1f} points over chance (the higher of both probes)"]
+    lines += [f"\n- structure: {result['structure_over_chance']:.1f} points over chance (the higher of the first two probes)"]
     return "\n".join(lines)
 
 

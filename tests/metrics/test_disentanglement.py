@@ -102,6 +102,6 @@ def test_the_higher_structure_probe_counts():
     )
     result = evaluate_disentanglement(encoded, progress=False)
     assert result["style_accuracy"] == 1.0
-    assert result["structure_full"]["accuracy"] > 0.95 > result["structure_pooled"]["accuracy"]
+    assert result["structure_full"]["accuracy"] > 0.95 > result["structure_mean"]["accuracy"]
     assert result["structure_accuracy"] == result["structure_full"]["accuracy"]
     assert result["structure_over_chance"] == pytest.approx(100 * (result["structure_accuracy"] - 0.25))

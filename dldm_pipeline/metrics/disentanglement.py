@@ -129,10 +129,10 @@ def evaluate_disentanglement(encoded: EncodedSubjects, progress: bool = True, se
         seed: seed of the split into halves.
 
     Returns:
-        dict with `style`, `structure_mean`, `structure_full`, `structure_mean_deviation`, `structure_full_shuffled` (labels exchanged within each
-        slice: what there is to score by chance) and `images` (mean over 8×8 blocks: what there is to tell from
-        intensities), each as in [`modality_probe`]; `style_accuracy`; `structure_accuracy` (the higher one);
-        `structure_over_chance` (that minus chance, in points of 0.01 each).
+        dict with `style`, `structure_mean`, `structure_full`, `structure_mean_deviation`, `structure_full_shuffled`
+        (labels exchanged within each slice: what there is to score by chance) and `images` (mean over 8×8 blocks: what
+        there is to tell from intensities), each as in [`modality_probe`]; `style_accuracy`; `structure_accuracy` (the
+        higher of the first two structure probes); `structure_over_chance` (that minus chance, in points of 0.01 each).
     """
     present, subjects = encoded.present, encoded.subjects
     single = np.nan_to_num(encoded.single_structures)

@@ -1,0 +1,127 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dldm_pipeline import DisentangledAutoencoder
+from dldm_pipeline.data.slices import write_slices
+
+SCRIPT = Path(__file__).parents[2] / "training" / "train_autoencoder.py"
+spec = importlib.util.spec_from_file_location("train_autoencoder", SCRIPT)
+train_autoencoder = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_autoencoder)
+
+MODALITIES = ("T1", "T2", "FLAIR")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten subjects with a disc each, the fourth without T1, the fifth without a mask."""
+    folder = tmp_path_factory.mktemp("autoencoder") / "data"
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+
+    def row(i):
+        disc = np.hypot(y - 16, x - 16) < random.uniform(6, 12)
+        images = {name: (disc * (0.3 + 0.2 * m)).astype(np.float32) for m, name in enumerate(MODALITIES)}
+        if i == 3:
+            images["T1"] = None
+        mask = None if i == 4 else ((np.hypot(y - 12, x - 16) < 4) & disc).astype(np.uint8)
+        return {"subject": f"s{i}", "slice_index": i, "mask": mask, "source": "test", "pixel_spacing": [1, 1]} | images
+
+    write_slices((row(i) for i in range(10)), folder, MODALITIES)
+    return folder
+
+
+def words(data, output, *more):
+    return ["--config", "autoencoder_tiny", f"--dataset={data}", f"--output_dir={output}", *more]
+
+
+def weights(folder):
+    return DisentangledAutoencoder.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("style_type", ["vector", "map"])
+def test_a_run_writes_an_autoencoder_with_its_scales_and_pictures(data, tmp_path, style_type):
+    train_autoencoder.main(words(data, tmp_path, f"--style_type={style_type}"))
+    model = DisentangledAutoencoder.from_pretrained(tmp_path)
+    assert list(model.config.modalities) == list(MODALITIES)
+    assert len(model.config.structure_scale) == 4 and min(model.config.structure_scale) > 0
+    assert len(model.config.style_shift) == 2
+    assert model.structure_offset.abs().max() > 0
+    for name in ("samples.png", "README.md", "validation/step-000003.png", "checkpoint-6/training_state.json"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_resumed_training_goes_on_from_the_checkpoint(data, tmp_path):
+    train_autoencoder.main(words(data, tmp_path, "--max_train_steps=3"))
+    train_autoencoder.main(words(data, tmp_path, "--max_train_steps=6", "--resume_from_checkpoint=latest"))
+    assert (tmp_path / "checkpoint-6").is_dir()
+
+
+def test_the_same_seed_gives_the_same_weights(data, tmp_path):
+    for name in ("a", "b"):
+        train_autoencoder.main(words(data, tmp_path / name, "--max_train_steps=2", "--checkpointing_steps=0"))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@torch.no_grad()
+def test_offsets_make_the_mean_structure_of_one_modality_that_of_all(tiny_autoencoder):
+    batches = [{"images": torch.rand(4, 3, 32, 32), "present": torch.ones(4, 3, dtype=torch.bool)} for _ in range(3)]
+    batches[1]["present"][0, 0] = False
+    train_autoencoder.measure_latents(tiny_autoencoder, batches)
+    for m in range(3):
+        # Every slice that has the modality counts, with the structure of all that it has.
+        difference = 0
+        for batch in batches:
+            alone = torch.zeros(4, 3, dtype=torch.bool)
+            alone[:, m] = True
+            full, single = (
+                output.structure_dist.mode()
+                for output in tiny_autoencoder.encode_subsets(batch["images"], [batch["present"], alone])
+            )
+            complete = batch["present"].all(dim=1)
+            difference = difference + (single - full)[complete].sum(dim=0)
+        if m == 0:  # only complete slices have T1, so here the mean is exactly that of all
+            assert difference.abs().max() < 1e-3
+    assert tiny_autoencoder.structure_offset.abs().max() > 1e-3
+
+
+def test_subsets_are_non_empty_and_of_what_is_present():
+    torch.manual_seed(0)
+    present = torch.rand(500, 5) < 0.5
+    present[~present.any(dim=1), 0] = True
+    subset = train_autoencoder.draw_subset(present)
+    assert subset.any(dim=1).all() and not (subset & ~present).any()
+    complete = train_autoencoder.draw_subset(torch.ones(2000, 5, dtype=torch.bool))
+    counts = torch.bincount(complete.sum(dim=1), minlength=6)[1:]
+    assert (counts > 300).all()  # every size from one to all, equally likely
+
+
+def test_styles_come_from_the_same_modality_of_subjects_that_have_it():
+    torch.manual_seed(0)
+    present = torch.rand(64, 4) < 0.7
+    donors = train_autoencoder.draw_style_donors(present, 1.0)
+    own = torch.arange(64)[:, None]
+    exchanged = donors != own
+    assert present.gather(0, donors)[exchanged].all()
+    assert exchanged.float().mean() > 0.5
+    assert torch.equal(train_autoencoder.draw_style_donors(present, 0.0), own.expand(64, 4))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--resolution=64"], "--image_size"),
+        (["--modalities", "T1", "BB"], "BB"),
+        (["--dataset=/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(data, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as caught, train_autoencoder.clear_errors():
+        train_autoencoder.main(words(data, tmp_path, *more))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert caught.value.code == 2 and len(lines) == 1 and message in lines[0]

@@ -66,7 +66,7 @@ def build_parser() -> TrainingParser:
     )
     loss.add_argument("--edge_weight", type=float, default=0.5, help="weight of the gradient term")
     loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
-    loss.add_argument("--agreement_weight", type=float, default=0.02, help="weight of subset structure against full")
+    loss.add_argument("--agreement_weight", type=float, default=0.1, help="weight of subset structure against full")
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser
 

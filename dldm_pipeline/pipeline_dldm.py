@@ -108,9 +108,10 @@ class DLDMPipeline(DiffusionPipeline):
 
         # Weights loaded from safetensors are mapped from the file and start at any byte; the CPU kernels then take other
         # paths and round differently than with the weights that were saved (measured). A copy is aligned.
-        for parameter in (*autoencoder.parameters(), *unet.parameters()):
-            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
+        for module in (autoencoder, unet):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                    tensor.data = tensor.data.clone()
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:

@@ -1,0 +1,144 @@
+"""Build the paper preset (256x256, five modalities), train one step of each model, sample one subject, print the cost.
+
+    python benchmarks/paper_preset.py --batch_size 2
+
+Prints a Markdown table: parameters, seconds, and peak memory of the process. Each row is measured in a process of its own.
+The step is the training scripts' own: the loss and optimizers of training/train_autoencoder.py and training/train_ldm.py
+with the presets training/configs/autoencoder_paper.yaml and training/configs/ldm_paper.yaml, on simulated subjects.
+"""
+
+import argparse
+import importlib.util
+import inspect
+import resource
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from dldm_pipeline import DEFAULT_MODALITIES, DisentangledAutoencoder, DLDMPipeline
+from dldm_pipeline.data.phantom import phantom_rows
+from dldm_pipeline.muon import make_optimizers
+from dldm_pipeline.training_utils import parse_args
+
+TRAINING = Path(__file__).parents[1] / "training"
+
+
+def load_script(name: str) -> ModuleType:
+    """A training script as a module; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def preset(script: ModuleType, name: str) -> argparse.Namespace:
+    """The arguments of a training script under one of its presets."""
+    return parse_args(script.build_parser(), ["--config", name])
+
+
+def build_autoencoder() -> DisentangledAutoencoder:
+    """The preset's autoencoder, untrained, with the latent scales that training would measure."""
+    args = preset(load_script("train_autoencoder"), "autoencoder_paper")
+    known = set(inspect.signature(DisentangledAutoencoder).parameters) - {"modalities"}
+    autoencoder = DisentangledAutoencoder(
+        modalities=list(DEFAULT_MODALITIES),
+        sample_size=args.resolution,
+        **{name: value for name, value in vars(args).items() if name in known},
+    )
+    for kind in ("structure", "style"):
+        channels = autoencoder.config[f"{kind}_channels"]
+        autoencoder.register_to_config(**{f"{kind}_shift": [0.0] * channels, f"{kind}_scale": [1.0] * channels})
+    return autoencoder
+
+
+def simulated_batch(size: int, resolution: int) -> dict[str, torch.Tensor]:
+    """A batch as the training loader gives it."""
+    rows = list(phantom_rows(size, size=resolution, seed=1))
+    images = np.stack([[row[name] for name in DEFAULT_MODALITIES] for row in rows])
+    return {
+        "images": torch.from_numpy(images),
+        "present": torch.ones(size, len(DEFAULT_MODALITIES), dtype=torch.bool),
+        "mask": torch.from_numpy(np.stack([row["mask"] for row in rows])).float(),
+        "has_mask": torch.ones(size, dtype=torch.bool),
+    }
+
+
+def step(model: torch.nn.Module, loss: Callable[[], torch.Tensor], learning_rate: float) -> float:
+    """Seconds of one optimizer step."""
+    optimizers = make_optimizers(model, learning_rate)
+    started = time.perf_counter()
+    loss().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return time.perf_counter() - started
+
+
+def train_autoencoder(batch_size: int) -> tuple[int, float]:
+    script = load_script("train_autoencoder")
+    args, model = preset(script, "autoencoder_paper"), build_autoencoder()
+    batch = simulated_batch(batch_size, args.resolution)
+    objective = script.DisentangledLoss(model, args)
+
+    def loss() -> torch.Tensor:
+        terms = objective(batch)
+        return sum(getattr(args, f"{name}_weight", 1.0) * term for name, term in terms.items())
+
+    return model.num_parameters(), step(model, loss, args.learning_rate)
+
+
+def train_ldm(batch_size: int) -> tuple[int, float]:
+    script, autoencoder = load_script("train_ldm"), build_autoencoder()
+    args, scheduler = preset(script, "ldm_paper"), script.make_scheduler()
+    unet = script.build_unet(args, autoencoder)
+    config, grid = autoencoder.config, autoencoder.latent_size
+    n = len(config.modalities)
+    style = (config.style_channels, grid, grid) if config.style_type == "map" else (config.style_channels,)
+    latents = script.Latents(
+        structure=torch.randn(batch_size, 1, config.structure_channels, grid, grid),
+        style=torch.randn(batch_size, 1, n, *style),
+        present=torch.ones(batch_size, n, dtype=torch.bool),
+    )
+    batch = script.draw_batch(latents, batch_size, scheduler, args)
+    seconds = step(unet, lambda: script.training_loss(unet, scheduler, batch, args), args.learning_rate)
+    return unet.num_parameters(), seconds
+
+
+def sample(batch_size: int) -> tuple[int, float]:
+    script, autoencoder = load_script("train_ldm"), build_autoencoder().eval()
+    unet = script.build_unet(preset(script, "ldm_paper"), autoencoder).eval()
+    pipeline = DLDMPipeline(autoencoder, unet, script.make_scheduler())
+    started = time.perf_counter()
+    pipeline(1, generator=torch.Generator().manual_seed(0))
+    return autoencoder.num_parameters() + unet.num_parameters(), time.perf_counter() - started
+
+
+def measure(job: tuple[Callable[[int], tuple[int, float]], int]) -> tuple[int, float, float]:
+    """Parameters, seconds and the process's peak memory in GiB."""
+    function, batch_size = job
+    parameters, seconds = function(batch_size)
+    return parameters, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=2, help="of the training steps (default: %(default)s)")
+    args = parser.parse_args()
+    jobs = {
+        f"autoencoder, one training step, batch {args.batch_size}": train_autoencoder,
+        f"denoiser, one training step, batch {args.batch_size}": train_ldm,
+        "pipeline, one subject": sample,
+    }
+    print(f"{torch.get_num_threads()} threads\n\n| what | parameters | seconds | peak memory |\n|---|---|---|---|")
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        results = pool.imap(measure, [(function, args.batch_size) for function in jobs.values()], chunksize=1)
+        for what, (parameters, seconds, gib) in zip(jobs, results, strict=True):
+            print(f"| {what} | {parameters / 1e6:.1f} M | {seconds:.1f} | {gib:.1f} GiB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

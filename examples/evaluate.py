@@ -197,7 +197,9 @@ def disentanglement_report(result: dict) -> str:
     ]
     lines = ["## Disentanglement", "A linear probe names the modality of unseen subjects, in % of codes:\n"]
     lines += [table(["code", "features", "accuracy", "chance"], rows)]
-    lines += [f"\n- structure: {result['structure_over_chance']:.1f} points over chance (the higher of the first two probes)"]
+    lines += [
+        f"\n- structure: {result['structure_over_chance']:.1f} points over chance (the higher of the first two probes)"
+    ]
     return "\n".join(lines)
 
 

@@ -53,6 +53,8 @@ def make_optimizers(model: torch.nn.Module, lr: float) -> tuple[Muon, torch.opti
     matrices, others = [], []
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
+            if not p.requires_grad:
+                continue
             is_matrix = isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and name == "weight"
             (matrices if is_matrix and min(p.flatten(1).shape) >= 8 else others).append(p)
     return Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)

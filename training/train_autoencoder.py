@@ -56,6 +56,15 @@ def build_parser() -> TrainingParser:
     model.add_argument("--decoder_channels", type=int, nargs=2, default=[128, 64], help="widths at 1/8 and 1/4 size")
     model.add_argument("--decoder_blocks", type=int, default=2, help="residual blocks on each grid of the decoder")
     model.add_argument("--head_channels", type=int, default=64, help="width of the part that runs once an image")
+    model.add_argument(
+        "--init_from", help="folder of an autoencoder to start from; the arguments above do not count then"
+    )
+    model.add_argument(
+        "--freeze_encoder",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train the decoder alone: latents stay what they are, and so does a denoiser trained on them",
+    )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--target_modalities", type=int, default=3, help="modalities decoded each step, drawn at random")
     loss.add_argument("--mix_probability", type=float, default=0.5, help="share of styles taken from another subject")
@@ -65,6 +74,7 @@ def build_parser() -> TrainingParser:
         "--mse_weight", type=float, default=10.0, help="weight of the squared error: thin bright structures"
     )
     loss.add_argument("--edge_weight", type=float, default=0.5, help="weight of the gradient term")
+    loss.add_argument("--spectrum_weight", type=float, default=0.0, help="weight of the power spectrum's log ratio")
     loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
     loss.add_argument("--agreement_weight", type=float, default=0.1, help="weight of subset structure against full")
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
@@ -87,6 +97,15 @@ def draw_style_donors(present: torch.Tensor, probability: float) -> torch.Tensor
     donor = torch.rand(present.shape, device=present.device).argsort(dim=0)
     exchanged = torch.rand(present.shape, device=present.device) < probability
     return torch.where(exchanged & present.gather(0, donor), donor, own)
+
+
+def radial_power(images: torch.Tensor) -> torch.Tensor:
+    """Power of images (..., H, W) in rings of one cycle a picture, (..., H / 2), without the mean."""
+    size = images.shape[-1]
+    y, x = torch.fft.fftfreq(size, 1 / size), torch.fft.rfftfreq(size, 1 / size)
+    ring = torch.hypot(y[:, None], x).round().long().clamp(max=size // 2).to(images.device).flatten()
+    power = torch.fft.rfft2(images.float(), norm="ortho").abs().square().flatten(-2)
+    return torch.zeros(*power.shape[:-1], size // 2 + 1, device=power.device).index_add(-1, ring, power)[..., 1:]
 
 
 def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,6 +159,11 @@ class DisentangledLoss(torch.nn.Module):
             "edge": sum(
                 (weight * (a - b).abs()).mean() for a, b in zip(edges(output.sample), edges(targets), strict=True)
             ),
+            # Durall et al. (CVPR 2020): what a squared error leaves out shows as missing power in the outer rings.
+            "spectrum": (
+                weight[..., 0]
+                * (radial_power(output.sample) + 1e-4).log().sub((radial_power(targets) + 1e-4).log()).abs()
+            ).mean(),
             "mask": 10 * cross_entropy + (1 - dice).mean(),
             "agreement": ((subset_mode - mode) ** 2 / spread).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()
@@ -201,6 +225,27 @@ def measure_latents(model: DisentangledAutoencoder, loader: DataLoader) -> None:
         model.register_to_config(**{f"{kind}_shift": mean.tolist(), f"{kind}_scale": deviation.tolist()})
 
 
+def load_autoencoder(args: argparse.Namespace, dataset: SliceDataset) -> DisentangledAutoencoder:
+    """The autoencoder of `--init_from`, with its encoder frozen if so wished.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its modalities or its size are not the data's.
+    """
+    if not (Path(args.init_from) / "config.json").is_file():
+        raise FileNotFoundError(f"--init_from {args.init_from}: no autoencoder there (no config.json)")
+    model = DisentangledAutoencoder.from_pretrained(args.init_from)
+    theirs, ours = (
+        (list(model.config.modalities), model.config.sample_size),
+        (list(dataset.modalities), args.resolution),
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"--init_from {args.init_from}: made for {theirs[0]} at {theirs[1]} pixels, the data are {ours}"
+        )
+    return model
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     accelerator = make_accelerator(args)
@@ -213,17 +258,21 @@ def main(argv: list[str] | None = None) -> None:
             f"--resolution {args.resolution}: the slices in {data} are {train_set.image_size} pixels; give that, "
             "or prepare the data set again with --image_size."
         )
-    model = DisentangledAutoencoder(
-        modalities=list(train_set.modalities),
-        sample_size=args.resolution,
-        structure_channels=args.structure_channels,
-        style_channels=args.style_channels,
-        style_type=args.style_type,
-        encoder_channels=args.encoder_channels,
-        encoder_blocks=args.encoder_blocks,
-        decoder_channels=args.decoder_channels,
-        decoder_blocks=args.decoder_blocks,
-        head_channels=args.head_channels,
+    model = (
+        load_autoencoder(args, train_set)
+        if args.init_from
+        else DisentangledAutoencoder(
+            modalities=list(train_set.modalities),
+            sample_size=args.resolution,
+            structure_channels=args.structure_channels,
+            style_channels=args.style_channels,
+            style_type=args.style_type,
+            encoder_channels=args.encoder_channels,
+            encoder_blocks=args.encoder_blocks,
+            decoder_channels=args.decoder_channels,
+            decoder_blocks=args.decoder_blocks,
+            head_channels=args.head_channels,
+        )
     )
     accelerator.print(
         f"{len(train_set)} training and {len(validation_set)} validation slices of {', '.join(train_set.modalities)}; "
@@ -236,6 +285,9 @@ def main(argv: list[str] | None = None) -> None:
         validation_set, torch.linspace(0, len(validation_set) - 1, min(64, len(validation_set))).long().tolist()
     )
     validation_loader = DataLoader(validation_subset, 16)
+    if args.freeze_encoder:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(("decoder", "style_in", "head", "mask")))
     objective, *optimizers, loader, validation_loader = accelerator.prepare(
         DisentangledLoss(model, args), *make_optimizers(model, args.learning_rate), loader, validation_loader
     )
@@ -252,6 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         "l1": 1.0,
         "mse": args.mse_weight,
         "edge": args.edge_weight,
+        "spectrum": args.spectrum_weight,
         "mask": args.mask_weight,
         "agreement": args.agreement_weight,
         "kl": args.kl_weight,
@@ -298,8 +351,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(model.parameters())
-        plain_loader = DataLoader(train_set, 16)
-        measure_latents(model, plain_loader)
+        if not args.freeze_encoder:
+            measure_latents(model, DataLoader(train_set, 16))
         figures = validate(model, validation_loader, output_dir / "samples.png")
         write_pretrained(model.save_pretrained, output_dir)
         write_model_card(

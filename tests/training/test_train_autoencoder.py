@@ -125,3 +125,25 @@ def test_bad_input_is_one_line(data, tmp_path, capsys, more, message):
         train_autoencoder.main(words(data, tmp_path, *more))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert caught.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(data, tmp_path):
+    train_autoencoder.main(words(data, tmp_path / "first", "--checkpointing_steps=0"))
+    more = ["--freeze_encoder", "--spectrum_weight=0.1", "--checkpointing_steps=0"]
+    train_autoencoder.main(words(data, tmp_path / "second", f"--init_from={tmp_path / 'first'}", *more))
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    changed = {key.split(".")[0].split("_")[0] for key in first if not torch.equal(first[key], second[key])}
+    assert changed == {"decoder", "style", "head", "mask"}
+    assert torch.equal(first["style_out.0.weight"], second["style_out.0.weight"])
+    a, b = (DisentangledAutoencoder.from_pretrained(tmp_path / name).config for name in ("first", "second"))
+    assert a.structure_scale == b.structure_scale
+
+
+def test_radial_power_holds_all_power_but_the_mean():
+    image = torch.rand(2, 32, 32)
+    power = train_autoencoder.radial_power(image - image.mean(dim=(1, 2), keepdim=True))
+    assert power.shape == (2, 16)
+    wave = torch.cos(torch.arange(32) * 2 * torch.pi * 5 / 32).expand(1, 32, 32)
+    assert train_autoencoder.radial_power(wave)[0].argmax() == 4  # five cycles a picture
+    blurred = torch.nn.functional.avg_pool2d(image[None], 3, stride=1, padding=1)[0]
+    assert (train_autoencoder.radial_power(blurred)[:, 8:].sum() < power[:, 8:].sum()).all()

@@ -153,17 +153,18 @@ class DisentangledLoss(torch.nn.Module):
         dice = (2 * (probability * mask).sum(dim=(1, 2)) + 1) / ((probability + mask * known).sum(dim=(1, 2)) + 1)
         # Tumour is about 2 % of the pixels: Dice keeps "no tumour" from being an answer, cross-entropy gives it edges.
         cross_entropy = F.binary_cross_entropy_with_logits(output.mask, mask, weight=known.expand_as(mask))
+        # Durall et al. (CVPR 2020): what a squared error leaves out shows as missing power in the outer rings.
+        spectrum = torch.zeros((), device=device)
+        if args.spectrum_weight:
+            ratio = (radial_power(output.sample) + 1e-4).log() - (radial_power(targets) + 1e-4).log()
+            spectrum = (weight[..., 0] * ratio.abs()).mean()
         return {
             "l1": (weight * (output.sample - targets).abs()).mean(),
             "mse": squared.mean(),
             "edge": sum(
                 (weight * (a - b).abs()).mean() for a, b in zip(edges(output.sample), edges(targets), strict=True)
             ),
-            # Durall et al. (CVPR 2020): what a squared error leaves out shows as missing power in the outer rings.
-            "spectrum": (
-                weight[..., 0]
-                * (radial_power(output.sample) + 1e-4).log().sub((radial_power(targets) + 1e-4).log()).abs()
-            ).mean(),
+            "spectrum": spectrum,
             "mask": 10 * cross_entropy + (1 - dice).mean(),
             "agreement": ((subset_mode - mode) ** 2 / spread).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()

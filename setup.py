@@ -19,7 +19,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["dldm_pipeline", "dldm_pipeline.*"]),
     package_data={"dldm_pipeline": ["checkpoints/*/*", "checkpoints/*/*/*"]},
     install_requires=[

@@ -620,6 +620,11 @@ def write_pretrained(save: Callable[[Path], None], folder: str | Path) -> None:
     try:
         temporary.mkdir(parents=True)
         save(temporary)
+        for path in temporary.rglob("config.json"):
+            # diffusers notes the folder a component came from; that is nobody's business once the model is shared.
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for entry in sorted(temporary.iterdir()):
             target = folder / entry.name
             if entry.is_dir() and target.is_dir():

@@ -97,7 +97,7 @@ def export_subjects(
         "settings": dict(settings or {}),
         "checkpoint": None
         if checkpoint is None
-        else {"path": str(checkpoint), "sha256": checkpoint_hashes(checkpoint)},
+        else {"name": Path(checkpoint).resolve().name, "sha256": checkpoint_hashes(checkpoint)},
         "versions": package_versions(),
         "subjects": [],
     }

@@ -87,6 +87,7 @@ def test_a_run_writes_a_pipeline_that_draws_subjects(folders, tmp_path, autoenco
     pipeline = DLDMPipeline.from_pretrained(output)
     images = pipeline(1, num_inference_steps=2, num_style_inference_steps=2, output_type="np").images
     assert images.shape == (1, 3, 32, 32)
+    assert str(folders) not in (output / "autoencoder" / "config.json").read_text(encoding="utf-8")
     assert pipeline.scheduler.config.clip_sample is False and pipeline.scheduler.config.rescale_betas_zero_snr
     assert [path.name for path in sorted(output.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-3"]
     assert Image.open(output / "samples.png").size[1] > Image.open(output / "validation" / "step-000002.png").size[1]

@@ -308,7 +308,8 @@ def test_averaged_weights_are_in_place_inside_the_block_only():
 def test_a_model_replaces_the_old_one_only_when_complete(tmp_path):
     def save(folder: Path, value="new"):
         (folder / "unet").mkdir()
-        (folder / "unet" / "config.json").write_text(value)
+        # A config is JSON, and diffusers notes in it where the component came from.
+        (folder / "unet" / "config.json").write_text(json.dumps({"state": value, "_name_or_path": "/home/somebody"}))
         (folder / "model_index.json").write_text(value)
 
     def fail(folder: Path):
@@ -321,7 +322,7 @@ def test_a_model_replaces_the_old_one_only_when_complete(tmp_path):
         write_pretrained(fail, tmp_path)
     write_pretrained(save, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "model_index.json", "unet"]
-    assert (tmp_path / "unet" / "config.json").read_text() == "new"
+    assert json.loads((tmp_path / "unet" / "config.json").read_text()) == {"state": "new"}
 
 
 def test_the_model_card_says_what_it_must(tmp_path):

@@ -1,8 +1,8 @@
 """Muon in float32: the optimizer of both training scripts, for the weights of convolutions and linear layers.
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the step is scaled as in Liu et al.,
-"Muon is Scalable for LLM Training", 2025. Here the small autoencoder reaches 20.3 dB after 125 steps, with AdamW 19.6 dB
-after 250. `torch.optim.Muon` takes matrices only and works in bfloat16, which most processors emulate slowly.
+"Muon is Scalable for LLM Training", 2025.
+`torch.optim.Muon` takes matrices only and works in bfloat16, which most processors emulate slowly.
 """
 
 from collections.abc import Iterable

@@ -465,6 +465,18 @@ class TrainingClock:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def transfer_rows(rows: torch.Tensor, known: Sequence[str | None], names: Sequence[str | None]) -> torch.Tensor:
+    """Rows of an embedding for other names: that of the same name, or the mean of all rows for one not known.
+
+    Args:
+        rows: (len(known), d), one row a name.
+
+    Returns:
+        (len(names), d).
+    """
+    return torch.stack([rows[known.index(name)] if name in known else rows.mean(dim=0) for name in names])
+
+
 def make_ema(model: torch.nn.Module, args: argparse.Namespace) -> EMAModel | None:
     """Averaged weights of a model as `--use_ema` and `--ema_decay` say; `None` without `--use_ema`.
 

@@ -35,6 +35,7 @@ from dldm_pipeline.training_utils import (
     push_folder,
     save_checkpoint,
     start_trackers,
+    transfer_rows,
     write_model_card,
     write_pretrained,
 )
@@ -57,7 +58,9 @@ def build_parser() -> TrainingParser:
     model.add_argument("--decoder_blocks", type=int, default=2, help="residual blocks on each grid of the decoder")
     model.add_argument("--head_channels", type=int, default=64, help="width of the part that runs once an image")
     model.add_argument(
-        "--init_from", help="folder of an autoencoder to start from; the arguments above do not count then"
+        "--init_from",
+        help="autoencoder or pipeline folder to start from, of whatever modalities and size; the arguments above do not "
+        "count then",
     )
     model.add_argument(
         "--freeze_encoder",
@@ -68,22 +71,26 @@ def build_parser() -> TrainingParser:
     loss = parser.add_argument_group("loss")
     loss.add_argument("--target_modalities", type=int, default=3, help="modalities decoded each step, drawn at random")
     loss.add_argument("--mix_probability", type=float, default=0.5, help="share of styles taken from another subject")
-    loss.add_argument("--subset_probability", type=float, default=0.5, help="share of structures from a random subset")
-    loss.add_argument("--curve_deviation", type=float, default=0.15, help="spread of log gamma of the random curves")
+    loss.add_argument("--subset_probability", type=float, default=0.6, help="share of structures from a random subset")
+    loss.add_argument("--curve_deviation", type=float, default=0.0, help="spread of log gamma of random curves")
     loss.add_argument(
-        "--mse_weight", type=float, default=10.0, help="weight of the squared error: thin bright structures"
+        "--mse_weight", type=float, default=30.0, help="weight of the squared error: thin bright structures"
     )
     loss.add_argument("--edge_weight", type=float, default=0.5, help="weight of the gradient term")
-    loss.add_argument("--spectrum_weight", type=float, default=0.0, help="weight of the power spectrum's log ratio")
+    loss.add_argument("--spectrum_weight", type=float, default=0.05, help="weight of the power spectrum's log ratio")
     loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
-    loss.add_argument("--agreement_weight", type=float, default=0.1, help="weight of subset structure against full")
+    loss.add_argument("--agreement_weight", type=float, default=0.3, help="weight of subset structure against full")
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser
 
 
 def draw_subset(present: torch.Tensor) -> torch.Tensor:
-    """A random non-empty subset of what is present, every size equally likely. (B, n) bool in and out."""
-    size = 1 + (torch.rand(len(present), device=present.device) * present.sum(dim=1)).long()
+    """A random non-empty subset of what is present. (B, n) bool in and out.
+
+    Half of the subsets are one modality alone, the hardest case; in the other half every size is equally likely.
+    """
+    largest = torch.where(torch.rand(len(present), device=present.device) < 0.5, 1, present.sum(dim=1))
+    size = 1 + (torch.rand(len(present), device=present.device) * largest).long()
     order = torch.rand(present.shape, device=present.device).masked_fill(~present, 2.0).argsort(dim=1)
     return (order.argsort(dim=1) < size[:, None]) & present
 
@@ -100,12 +107,15 @@ def draw_style_donors(present: torch.Tensor, probability: float) -> torch.Tensor
 
 
 def radial_power(images: torch.Tensor) -> torch.Tensor:
-    """Power of images (..., H, W) in rings of one cycle a picture, (..., H / 2), without the mean."""
-    size = images.shape[-1]
+    """Power of images (..., H, W) in rings of one cycle a picture, (..., H / 4): up to half the Nyquist frequency.
+
+    Beyond lies mostly noise. The mean is left out.
+    """
+    size, rings = images.shape[-1], images.shape[-1] // 4
     y, x = torch.fft.fftfreq(size, 1 / size), torch.fft.rfftfreq(size, 1 / size)
-    ring = torch.hypot(y[:, None], x).round().long().clamp(max=size // 2).to(images.device).flatten()
+    ring = torch.hypot(y[:, None], x).round().long().clamp(max=rings + 1).to(images.device).flatten()
     power = torch.fft.rfft2(images.float(), norm="ortho").abs().square().flatten(-2)
-    return torch.zeros(*power.shape[:-1], size // 2 + 1, device=power.device).index_add(-1, ring, power)[..., 1:]
+    return torch.zeros(*power.shape[:-1], rings + 2, device=power.device).index_add(-1, ring, power)[..., 1:-1]
 
 
 def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,23 +237,29 @@ def measure_latents(model: DisentangledAutoencoder, loader: DataLoader) -> None:
 
 
 def load_autoencoder(args: argparse.Namespace, dataset: SliceDataset) -> DisentangledAutoencoder:
-    """The autoencoder of `--init_from`, with its encoder frozen if so wished.
+    """The autoencoder of `--init_from`, for the modalities and the image size of the data.
+
+    What it knows of a modality goes over by name; one that it does not know starts from the mean of those that it does.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: its modalities or its size are not the data's.
     """
-    if not (Path(args.init_from) / "config.json").is_file():
+    folder = Path(args.init_from)
+    if (folder / "autoencoder" / "config.json").is_file():
+        folder = folder / "autoencoder"
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--init_from {args.init_from}: no autoencoder there (no config.json)")
-    model = DisentangledAutoencoder.from_pretrained(args.init_from)
-    theirs, ours = (
-        (list(model.config.modalities), model.config.sample_size),
-        (list(dataset.modalities), args.resolution),
+    source = DisentangledAutoencoder.from_pretrained(folder)
+    known, names = list(source.config.modalities), list(dataset.modalities)
+    if (known, source.config.sample_size) == (names, args.resolution):
+        return source
+    scales = {f"{kind}_{name}": None for kind in ("structure", "style") for name in ("shift", "scale")}
+    model = DisentangledAutoencoder.from_config(source.config, modalities=names, sample_size=args.resolution, **scales)
+    weights = source.state_dict()
+    embedding = transfer_rows(weights["modality_embedding.weight"], known, names)
+    model.load_state_dict(
+        weights | {"modality_embedding.weight": embedding, "structure_offset": model.structure_offset}
     )
-    if theirs != ours:
-        raise ValueError(
-            f"--init_from {args.init_from}: made for {theirs[0]} at {theirs[1]} pixels, the data are {ours}"
-        )
     return model
 
 

@@ -47,6 +47,7 @@ from dldm_pipeline.training_utils import (
     push_folder,
     save_checkpoint,
     start_trackers,
+    transfer_rows,
     write_model_card,
     write_pretrained,
 )
@@ -65,7 +66,11 @@ def build_parser() -> TrainingParser:
     model.add_argument(
         "--autoencoder", help="folder of a trained autoencoder, or of a pipeline that holds one; by default the bundled"
     )
-    model.add_argument("--init_from", help="pipeline folder whose denoiser (and autoencoder) to start from")
+    model.add_argument(
+        "--init_from",
+        help="pipeline folder whose denoiser to start from, of whatever modalities; without --autoencoder, its "
+        "autoencoder too",
+    )
     model.add_argument("--block_out_channels", type=int, nargs="+", default=[96, 128, 128], help="width of each grid")
     model.add_argument("--layers_per_block", type=int, default=1, help="residual blocks on each grid")
     model.add_argument(
@@ -246,7 +251,7 @@ def build_unet(args: argparse.Namespace, autoencoder: DisentangledAutoencoder) -
 
 
 def load_unet(args: argparse.Namespace, autoencoder: DisentangledAutoencoder) -> UNet2DModel:
-    """A new denoiser, or the one of `--init_from`.
+    """A new denoiser, or the one of `--init_from` with its labels turned to this autoencoder's modalities.
 
     Raises:
         FileNotFoundError: `--init_from` holds none.
@@ -254,10 +259,18 @@ def load_unet(args: argparse.Namespace, autoencoder: DisentangledAutoencoder) ->
     """
     if args.init_from is None:
         return build_unet(args, autoencoder)
-    folder = Path(args.init_from) / "unet"
-    if not (folder / "config.json").is_file():
+    source = Path(args.init_from)
+    if not (source / "unet" / "config.json").is_file():
         raise FileNotFoundError(f"--init_from {args.init_from}: no pipeline there (no unet/config.json)")
-    unet = UNet2DModel.from_pretrained(folder)
+    unet = UNet2DModel.from_pretrained(source / "unet")
+    known = list(DisentangledAutoencoder.load_config(source / "autoencoder")["modalities"])
+    names = list(autoencoder.config.modalities)
+    if known != names:
+        rows = unet.class_embedding.weight.data.chunk(2)  # joint, conditional; the last row of each is its null
+        rows = [transfer_rows(half, [*known, None], [*names, None]) for half in rows]
+        unet.class_embedding = torch.nn.Embedding.from_pretrained(torch.cat(rows), freeze=False)
+        unet.register_to_config(num_class_embeds=2 * (len(names) + 1))
+    unet.register_to_config(sample_size=autoencoder.latent_size)
     try:
         DLDMPipeline(autoencoder, unet, make_scheduler())
     except ValueError as error:

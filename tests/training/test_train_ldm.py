@@ -230,6 +230,26 @@ def test_a_run_can_start_from_a_pipeline(folders, tmp_path):
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
 
 
+def test_a_run_can_start_from_a_pipeline_of_other_modalities(folders, tmp_path):
+    train_ldm.main(words(folders, tmp_path / "first"))
+    known = ["FLAIR", "T1CE", "T1"]
+    make_autoencoder(modalities=known, size=64).save_pretrained(tmp_path / "other" / "autoencoder")
+    unet = train_ldm.build_unet(
+        Namespace(block_out_channels=[8, 16], layers_per_block=1, attention_sizes=[], attention_head_dim=8, dropout=0),
+        DisentangledAutoencoder.from_pretrained(tmp_path / "other" / "autoencoder"),
+    )
+    unet.save_pretrained(tmp_path / "other" / "unet")
+    more = ("--init_from", str(tmp_path / "other"), "--learning_rate", "1e-12", "--no-use_ema")
+    train_ldm.main(words(folders, tmp_path / "out", *more))
+    pipeline = DLDMPipeline.from_pretrained(tmp_path / "out")
+    old, new = unet.class_embedding.weight, pipeline.unet.class_embedding.weight
+    for half in (0, 4):  # joint labels and conditional ones: T1, T2, FLAIR, null
+        theirs = old[half : half + 4]
+        expected = torch.stack([theirs[2], theirs.mean(dim=0), theirs[0], theirs[3]])
+        torch.testing.assert_close(new[half : half + 4], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pipeline.unet.conv_in.weight, unet.conv_in.weight, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "more, expected",
     [

@@ -163,7 +163,8 @@ class DLDMPipeline(DiffusionPipeline):
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 Classifier-free guidance towards the modality, at least 1; above 1 it is on and doubles the time.
             eta (`float`, *optional*, defaults to 0.0):
-                The noise of a DDIM step, from 0 (deterministic) to 1; ignored by schedulers that do not take it.
+                The noise of a DDIM step, from 0 (deterministic) to below 1: at 1 the first step of a schedule with zero
+                terminal SNR is not a number. Ignored by schedulers that do not take it.
             generator (`torch.Generator` or a list of them, *optional*):
                 One, or one a subject. Each subject takes n + 1 integers from its generator (subject after subject, where
                 there is one generator): the seeds of its structure and of its style in each modality.
@@ -215,6 +216,7 @@ class DLDMPipeline(DiffusionPipeline):
             num_inference_steps,
             num_style_inference_steps,
             guidance_scale,
+            eta,
             generator,
             structure,
             styles,
@@ -282,6 +284,7 @@ class DLDMPipeline(DiffusionPipeline):
         num_inference_steps: int,
         num_style_inference_steps: int,
         guidance_scale: float,
+        eta: float,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         structure: torch.Tensor | None,
         styles: torch.Tensor | None,
@@ -304,6 +307,8 @@ class DLDMPipeline(DiffusionPipeline):
             raise ValueError(f"`modalities` must name at least one of {known} and none twice, got {modalities}.")
         if not guidance_scale >= 1:
             raise ValueError(f"`guidance_scale` must be at least 1 (no guidance), got {guidance_scale!r}.")
+        if not 0 <= eta < 1:
+            raise ValueError(f"`eta` must be at least 0 and below 1, such as 0.9, got {eta!r}.")
         if isinstance(generator, (list, tuple)) and len(generator) != num_subjects:
             raise ValueError(
                 f"`generator` must be one generator or one for each of the {num_subjects} subjects, got {len(generator)}."

@@ -231,6 +231,12 @@ def test_guidance_changes_the_images(tiny_pipeline):
     assert not np.array_equal(call(tiny_pipeline).images, call(tiny_pipeline, guidance_scale=3.0).images)
 
 
+def test_noise_in_the_steps_changes_the_draw_and_stays_finite(tiny_pipeline):
+    noisy = call(tiny_pipeline, eta=0.9)
+    assert np.isfinite(noisy.images).all()
+    assert not np.array_equal(call(tiny_pipeline).images, noisy.images)
+
+
 def test_callback_sees_every_step_and_can_replace_latents(pipe):
     seen = []
 
@@ -257,6 +263,7 @@ def test_callback_sees_every_step_and_can_replace_latents(pipe):
         ({"modalities": []}, "modalities"),
         ({"modalities": ["T1", "T1"]}, "twice"),
         ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"eta": 1.0}, "eta"),
         ({"generator": [torch.Generator()] * 3}, "generator.*2 subjects.*3"),
         ({"structure": torch.zeros(3, 4, 4, 4)}, r"structure.*\(2, 4, 4, 4\).*\(3, 4, 4, 4\)"),
         ({"structure": np.zeros((2, 4, 4, 4))}, "structure.*ndarray"),

@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(model.parameters())
-        if not args.freeze_encoder:
+        if not args.freeze_encoder or model.config.structure_scale is None:
             measure_latents(model, DataLoader(train_set, 16))
         figures = validate(model, validation_loader, output_dir / "samples.png")
         write_pretrained(model.save_pretrained, output_dir)

@@ -1,4 +1,4 @@
-"""What the two training scripts share: arguments and presets, the clock, checkpoints, cards and the default data.
+"""What the training scripts share: arguments and presets, the clock, checkpoints, cards and the default data.
 
 Plain functions and one small class. The scripts keep their own loops, so each can be read from top to bottom.
 """
@@ -70,7 +70,7 @@ class TrainingParser(argparse.ArgumentParser):
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments both scripts have, under the names of diffusers' training examples.
+    """Add the arguments all of them have, under the names of diffusers' training examples.
 
     Scripts change defaults with `parser.set_defaults`, presets by YAML.
     """
@@ -499,6 +499,28 @@ def averaged_weights(model: torch.nn.Module, ema: EMAModel | None) -> Iterator[N
         yield
     finally:
         ema.restore(model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terms of losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def radial_power(images: torch.Tensor) -> torch.Tensor:
+    """Power of images (..., H, W) in rings of one cycle a picture, (..., H / 4): up to half the Nyquist frequency.
+
+    Beyond lies mostly noise. The mean is left out.
+    """
+    size, rings = images.shape[-1], images.shape[-1] // 4
+    y, x = torch.fft.fftfreq(size, 1 / size), torch.fft.rfftfreq(size, 1 / size)
+    ring = torch.hypot(y[:, None], x).round().long().clamp(max=rings + 1).to(images.device).flatten()
+    power = torch.fft.rfft2(images.float(), norm="ortho").abs().square().flatten(-2)
+    return torch.zeros(*power.shape[:-1], rings + 2, device=power.device).index_add(-1, ring, power)[..., 1:-1]
+
+
+def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences between neighbours of images (..., H, W): down (..., H - 1, W) and across (..., H, W - 1)."""
+    return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def make_pipeline(autoencoder: DisentangledAutoencoder) -> DLDMPipeline:
         norm_num_groups=8,
     ).eval()
     scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dldm_pipeline import DisentangledAutoencoder
+from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.muon import make_optimizers
@@ -26,6 +26,7 @@ from dldm_pipeline.training_utils import (
     add_training_arguments,
     averaged_weights,
     clear_errors,
+    edges,
     find_dataset,
     load_checkpoint,
     log_image,
@@ -33,6 +34,7 @@ from dldm_pipeline.training_utils import (
     make_ema,
     parse_args,
     push_folder,
+    radial_power,
     save_checkpoint,
     start_trackers,
     transfer_rows,
@@ -41,6 +43,8 @@ from dldm_pipeline.training_utils import (
 )
 
 PRESETS = Path(__file__).parent / "configs"
+DENOISED_FROM = 0.3  # latest time a structure is denoised from, of the schedule's length: its anatomy must stay its own
+DENOISING_STEPS = 4
 
 
 def build_parser() -> TrainingParser:
@@ -59,14 +63,19 @@ def build_parser() -> TrainingParser:
     model.add_argument("--head_channels", type=int, default=64, help="width of the part that runs once an image")
     model.add_argument(
         "--init_from",
-        help="autoencoder or pipeline folder to start from, of whatever modalities and size; the arguments above do not "
-        "count then",
+        help="autoencoder or pipeline folder to start from, of whatever modalities and size; of the arguments above only "
+        "--decoder_blocks counts then: further blocks start as the identity",
     )
     model.add_argument(
         "--freeze_encoder",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="train the decoder alone: latents stay what they are, and so does a denoiser trained on them",
+    )
+    model.add_argument(
+        "--denoiser",
+        help="pipeline folder; half of the structures are decoded as its denoiser returns them from some noise, so that "
+        "the decoder learns to sharpen what the denoiser leaves soft. Needs --freeze_encoder",
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--target_modalities", type=int, default=3, help="modalities decoded each step, drawn at random")
@@ -106,29 +115,57 @@ def draw_style_donors(present: torch.Tensor, probability: float) -> torch.Tensor
     return torch.where(exchanged & present.gather(0, donor), donor, own)
 
 
-def radial_power(images: torch.Tensor) -> torch.Tensor:
-    """Power of images (..., H, W) in rings of one cycle a picture, (..., H / 4): up to half the Nyquist frequency.
+@torch.no_grad()
+def denoised_structure(
+    pipeline: DLDMPipeline, structure: torch.Tensor, styles: torch.Tensor, present: torch.Tensor
+) -> torch.Tensor:
+    """Structures as a pipeline's denoiser returns them: noised to a random time, then a few DDIM steps without noise.
 
-    Beyond lies mostly noise. The mean is left out.
+    Args:
+        pipeline: of the same latents; its schedule must be a v-prediction one.
+        structure: (B, c_s, h, w).
+        styles: (B, n, c_t) or (B, n, c_t, h, w).
+        present: (B, n) bool; each structure is denoised beside the style of one modality that is there.
+
+    Returns:
+        (B, c_s, h, w), on the scale of `structure`.
     """
-    size, rings = images.shape[-1], images.shape[-1] // 4
-    y, x = torch.fft.fftfreq(size, 1 / size), torch.fft.rfftfreq(size, 1 / size)
-    ring = torch.hypot(y[:, None], x).round().long().clamp(max=rings + 1).to(images.device).flatten()
-    power = torch.fft.rfft2(images.float(), norm="ortho").abs().square().flatten(-2)
-    return torch.zeros(*power.shape[:-1], rings + 2, device=power.device).index_add(-1, ring, power)[..., 1:-1]
+    autoencoder, unet = pipeline.autoencoder, pipeline.unet
+    c_s, rows = structure.shape[1], torch.arange(len(structure), device=structure.device)
+    modality = torch.multinomial(present.float(), 1)[:, 0]
+    style = autoencoder.normalize_style(styles)[rows, modality]
+    is_vector = style.ndim == 2
 
+    def as_map(values: torch.Tensor) -> torch.Tensor:
+        return values[:, :, None, None].expand(-1, -1, *structure.shape[2:]) if is_vector else values
 
-def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
+    cumulative = pipeline.scheduler.alphas_cumprod.to(structure)
+    start = torch.rand(len(structure), device=structure.device) * DENOISED_FROM * (len(cumulative) - 1)
+    z = torch.cat([autoencoder.normalize_structure(structure), as_map(style)], dim=1)
+    noise = torch.cat([torch.randn_like(structure), as_map(torch.randn_like(style))], dim=1)
+    for step in range(DENOISING_STEPS, 0, -1):
+        time = (start * step / DENOISING_STEPS).long()
+        signal = cumulative[time].sqrt()[:, None, None, None]
+        deviation = (1 - signal**2).sqrt()
+        noisy = signal * z + deviation * noise
+        velocity = unet(noisy, time, class_labels=modality).sample
+        velocity = (
+            torch.cat([velocity[:, :c_s], as_map(velocity[:, c_s:].mean(dim=(2, 3)))], 1) if is_vector else velocity
+        )
+        z, noise = signal * noisy - deviation * velocity, deviation * noisy + signal * velocity
+    return autoencoder.denormalize_structure(z[:, :c_s])
 
 
 class DisentangledLoss(torch.nn.Module):
     """The unweighted terms of the loss; a module, so that gradients are shared between processes through its forward."""
 
-    def __init__(self, autoencoder: DisentangledAutoencoder, args: argparse.Namespace):
+    def __init__(
+        self, autoencoder: DisentangledAutoencoder, args: argparse.Namespace, denoiser: DLDMPipeline | None = None
+    ):
         super().__init__()
         self.autoencoder = autoencoder
         self.args = args
+        self.denoiser = denoiser  # a pipeline is no module: its weights are neither trained nor saved here
         self.errors = None  # running squared error of each modality
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -146,6 +183,10 @@ class DisentangledLoss(torch.nn.Module):
 
         from_subset = torch.rand(batch_size, 1, 1, 1, device=device) < args.subset_probability
         structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())
+        if self.denoiser is not None:
+            half = slice((batch_size + 1) // 2)
+            denoised = denoised_structure(self.denoiser, structure[half], full.style_dist.mode()[half], present[half])
+            structure = torch.cat([denoised, structure[half.stop :]])
         # Strategy 4: the loss is averaged over modalities drawn at random, the ones rebuilt worst the most often.
         if self.errors is None:
             self.errors = torch.ones(n, device=device)
@@ -251,16 +292,34 @@ def load_autoencoder(args: argparse.Namespace, dataset: SliceDataset) -> Disenta
         raise FileNotFoundError(f"--init_from {args.init_from}: no autoencoder there (no config.json)")
     source = DisentangledAutoencoder.from_pretrained(folder)
     known, names = list(source.config.modalities), list(dataset.modalities)
-    if (known, source.config.sample_size) == (names, args.resolution):
-        return source
-    scales = {f"{kind}_{name}": None for kind in ("structure", "style") for name in ("shift", "scale")}
-    model = DisentangledAutoencoder.from_config(source.config, modalities=names, sample_size=args.resolution, **scales)
-    weights = source.state_dict()
-    embedding = transfer_rows(weights["modality_embedding.weight"], known, names)
-    model.load_state_dict(
-        weights | {"modality_embedding.weight": embedding, "structure_offset": model.structure_offset}
-    )
+    blocks = max(args.decoder_blocks, source.config.decoder_blocks)
+    weights, changes = source.state_dict(), {"decoder_blocks": blocks}
+    same_data = (known, source.config.sample_size) == (names, args.resolution)
+    if not same_data:
+        scales = {f"{kind}_{name}": None for kind in ("structure", "style") for name in ("shift", "scale")}
+        changes |= {"modalities": names, "sample_size": args.resolution, **scales}
+        weights["modality_embedding.weight"] = transfer_rows(weights["modality_embedding.weight"], known, names)
+        del weights["structure_offset"]
+    model = DisentangledAutoencoder.from_config(source.config, **changes)
+    model.load_state_dict(model.state_dict() | weights)
     return model
+
+
+def load_denoiser(args: argparse.Namespace, model: DisentangledAutoencoder) -> DLDMPipeline | None:
+    """The pipeline of `--denoiser`, or `None` without it.
+
+    Raises:
+        ValueError: the encoder is not frozen, or its latents are not those the denoiser was trained on.
+    """
+    if args.denoiser is None:
+        return None
+    if not args.freeze_encoder:
+        raise ValueError("--denoiser: works only with --freeze_encoder, or the latents would leave the denoiser behind")
+    pipeline = DLDMPipeline.from_pretrained(args.denoiser)
+    for name in ("modalities", "sample_size", "structure_shift", "structure_scale", "style_shift", "style_scale"):
+        if pipeline.autoencoder.config[name] != model.config[name]:
+            raise ValueError(f"--denoiser {args.denoiser}: its autoencoder has another {name} than --init_from")
+    return pipeline
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -306,7 +365,10 @@ def main(argv: list[str] | None = None) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("decoder", "style_in", "head", "mask")))
     objective, *optimizers, loader, validation_loader = accelerator.prepare(
-        DisentangledLoss(model, args), *make_optimizers(model, args.learning_rate), loader, validation_loader
+        DisentangledLoss(model, args, load_denoiser(args, model)),
+        *make_optimizers(model, args.learning_rate),
+        loader,
+        validation_loader,
     )
     ema = make_ema(model, args)
     clock = TrainingClock(args.max_train_steps, args.max_train_minutes, accelerator)

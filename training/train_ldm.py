@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from diffusers import DDIMScheduler, UNet2DModel
-from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -84,9 +83,6 @@ def build_parser() -> TrainingParser:
     )
     loss.add_argument("--label_dropout", type=float, default=0.1, help="labels turned to null, for guidance")
     loss.add_argument("--style_weight", type=float, default=0.25, help="of the style's error against the structure's")
-    loss.add_argument(
-        "--snr_gamma", type=float, default=5.0, help="min-SNR weighting (Hang et al. 2023); 0 turns it off"
-    )
     return parser
 
 
@@ -279,11 +275,13 @@ def load_unet(args: argparse.Namespace, autoencoder: DisentangledAutoencoder) ->
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Noise schedule of training and default sampler: v-prediction, and no signal left at the last step."""
+    """Noise schedule of training and default sampler: v-prediction, and no signal left at the last step.
+
+    The cosine schedule (Nichol & Dhariwal 2021) spends its time where these latents need it: edges are decided at a
+    signal-to-noise ratio of 10 to 500, which Stable Diffusion's schedule passes in a tenth of its steps.
+    """
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
@@ -361,14 +359,9 @@ def pair_errors(
 def training_loss(
     unet: torch.nn.Module, scheduler: DDIMScheduler, batch: dict[str, torch.Tensor], args: argparse.Namespace
 ) -> torch.Tensor:
-    """The weighted loss of a batch, a scalar."""
+    """The loss of a batch, a scalar: velocities' errors, all times weighted alike."""
     structure_error, style_error = pair_errors(unet, scheduler, batch)
     error = torch.where(batch["conditional"], 0.0, structure_error) + args.style_weight * style_error
-    if args.snr_gamma:
-        # One is added to the SNR: as written for v-prediction, min(SNR, gamma) / (SNR + 1) is 0 at the last step, where a
-        # schedule with zero terminal SNR begins to sample and must have been trained.
-        snr = compute_snr(scheduler, batch["timesteps"]) + 1
-        error = error * snr.clamp(max=args.snr_gamma) / snr
     return error.mean()
 
 

@@ -1,11 +1,13 @@
 import importlib.util
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 
-from dldm_pipeline import DisentangledAutoencoder
+from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.slices import write_slices
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_autoencoder.py"
@@ -137,6 +139,61 @@ def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(data, tmp_p
     assert torch.equal(first["style_out.0.weight"], second["style_out.0.weight"])
     a, b = (DisentangledAutoencoder.from_pretrained(tmp_path / name).config for name in ("first", "second"))
     assert a.structure_scale == b.structure_scale
+
+
+class Oracle(torch.nn.Module):
+    """A denoiser that knows the clean pair (structure, style); it needs no training to be right."""
+
+    def __init__(self, clean, scheduler):
+        super().__init__()
+        self.clean, self.alphas = clean, scheduler.alphas_cumprod
+
+    def forward(self, noisy, times, class_labels):
+        signal = self.alphas[times].sqrt()[:, None, None, None]
+        return Namespace(sample=(signal * noisy - self.clean) / (1 - signal**2).sqrt())
+
+
+def test_denoised_structures_are_the_clean_ones_if_the_denoiser_is_right(tiny_pipeline):
+    model, scheduler = tiny_pipeline.autoencoder, tiny_pipeline.scheduler
+    n, grid = model.num_modalities, model.latent_size
+    structure = torch.randn(6, model.config.structure_channels, grid, grid)
+    styles = torch.randn(6, 1, model.config.style_channels).expand(-1, n, -1)
+    style = model.normalize_style(styles)[:, 0, :, None, None].expand(-1, -1, grid, grid)
+    clean = torch.cat([model.normalize_structure(structure), style], dim=1)
+    pipeline = Namespace(autoencoder=model, unet=Oracle(clean, scheduler), scheduler=scheduler)
+    present = torch.rand(6, n) < 0.5
+    present[:, 0] |= ~present.any(dim=1)
+    denoised = train_autoencoder.denoised_structure(pipeline, structure, styles, present)
+    torch.testing.assert_close(denoised, structure, rtol=1e-3, atol=1e-3)
+
+
+def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_path):
+    """New blocks start as the identity, and the denoiser and its latents stay what they are."""
+    train_autoencoder.main(words(data, tmp_path / "first", "--checkpointing_steps=0"))
+    first = DisentangledAutoencoder.from_pretrained(tmp_path / "first")
+    channels = first.config.structure_channels + first.config.style_channels
+    unet = UNet2DModel(
+        sample_size=first.latent_size, in_channels=channels, out_channels=channels, block_out_channels=(8, 8),
+        layers_per_block=1, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=8,
+        num_class_embeds=2 * (first.num_modalities + 1),
+    )  # fmt: skip
+    scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=False)
+    DLDMPipeline(first, unet, scheduler).save_pretrained(tmp_path / "pipeline")
+    start = [f"--init_from={tmp_path / 'pipeline'}", "--decoder_blocks=3", "--checkpointing_steps=0"]
+    more = [*start, f"--denoiser={tmp_path / 'pipeline'}"]
+    with pytest.raises(ValueError, match="--denoiser: works only with --freeze_encoder"):
+        train_autoencoder.main(words(data, tmp_path / "refused", *more))
+    train_autoencoder.main(words(data, tmp_path / "same", *start, "--learning_rate=1e-12", "--no-use_ema"))
+    train_autoencoder.main(words(data, tmp_path / "second", *more, "--freeze_encoder"))
+    same, second = (DisentangledAutoencoder.from_pretrained(tmp_path / name).eval() for name in ("same", "second"))
+    assert same.config.decoder_blocks == second.config.decoder_blocks == 3 > first.config.decoder_blocks
+    images = torch.rand(2, first.num_modalities, first.config.sample_size, first.config.sample_size)
+    with torch.no_grad():
+        outputs = [model.eval()(images).sample for model in (first, same, second)]
+        structures = [model.encode(images).structure_dist.mode() for model in (first, second)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-4)
+    assert not torch.allclose(outputs[0], outputs[2], rtol=0, atol=1e-4)
+    torch.testing.assert_close(*structures, rtol=0, atol=1e-5)
 
 
 def test_an_autoencoder_can_start_from_one_of_other_modalities_and_size(data, tmp_path):

@@ -2,6 +2,7 @@
 
     accelerate launch training/train_autoencoder.py                                  # simulated subjects, small preset
     accelerate launch training/train_autoencoder.py --dataset DATA --output_dir OUT  # your scans
+    accelerate launch training/train_autoencoder.py --dataset DATA --denoiser PIPELINE   # once more after train_ldm.py
 
 The loss is that of Na et al. (MIDL 2023), with its four strategies, and what this package adds: structure from any subset of
 modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure.
@@ -43,7 +44,7 @@ from dldm_pipeline.training_utils import (
 )
 
 PRESETS = Path(__file__).parent / "configs"
-DENOISED_FROM = 0.3  # latest time a structure is denoised from, of the schedule's length: its anatomy must stay its own
+DENOISED_FROM = 0.5  # latest time a structure is denoised from, of the schedule's length: its anatomy stays its own
 DENOISING_STEPS = 4
 
 
@@ -74,8 +75,9 @@ def build_parser() -> TrainingParser:
     )
     model.add_argument(
         "--denoiser",
-        help="pipeline folder; half of the structures are decoded as its denoiser returns them from some noise, so that "
-        "the decoder learns to sharpen what the denoiser leaves soft. Needs --freeze_encoder",
+        help="pipeline folder to sharpen: half of the structures are decoded as its denoiser returns them from some noise, "
+        "so that the decoder learns to draw what the denoiser leaves soft. Starts from its autoencoder, freezes the "
+        "encoder, and writes the whole pipeline",
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--target_modalities", type=int, default=3, help="modalities decoded each step, drawn at random")
@@ -309,21 +311,22 @@ def load_denoiser(args: argparse.Namespace, model: DisentangledAutoencoder) -> D
     """The pipeline of `--denoiser`, or `None` without it.
 
     Raises:
-        ValueError: the encoder is not frozen, or its latents are not those the denoiser was trained on.
+        ValueError: its latents are not those that the model encodes to.
     """
     if args.denoiser is None:
         return None
-    if not args.freeze_encoder:
-        raise ValueError("--denoiser: works only with --freeze_encoder, or the latents would leave the denoiser behind")
     pipeline = DLDMPipeline.from_pretrained(args.denoiser)
     for name in ("modalities", "sample_size", "structure_shift", "structure_scale", "style_shift", "style_scale"):
         if pipeline.autoencoder.config[name] != model.config[name]:
-            raise ValueError(f"--denoiser {args.denoiser}: its autoencoder has another {name} than --init_from")
+            raise ValueError(f"--denoiser {args.denoiser}: its autoencoder has another {name} than the one to train")
     return pipeline
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
+    if args.denoiser is not None:
+        # Latents that moved would leave the denoiser behind.
+        args.init_from, args.freeze_encoder = args.init_from or args.denoiser, True
     accelerator = make_accelerator(args)
     output_dir = Path(args.output_dir)
     data = find_dataset(accelerator, args, args.modalities)
@@ -364,8 +367,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.freeze_encoder:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("decoder", "style_in", "head", "mask")))
+    denoiser = load_denoiser(args, model)
     objective, *optimizers, loader, validation_loader = accelerator.prepare(
-        DisentangledLoss(model, args, load_denoiser(args, model)),
+        DisentangledLoss(model, args, denoiser),
         *make_optimizers(model, args.learning_rate),
         loader,
         validation_loader,
@@ -433,7 +437,8 @@ def main(argv: list[str] | None = None) -> None:
         if not args.freeze_encoder or model.config.structure_scale is None:
             measure_latents(model, DataLoader(train_set, 16))
         figures = validate(model, validation_loader, output_dir / "samples.png")
-        write_pretrained(model.save_pretrained, output_dir)
+        trained = model if denoiser is None else DLDMPipeline(model, denoiser.unet, denoiser.scheduler)
+        write_pretrained(trained.save_pretrained, output_dir)
         write_model_card(
             output_dir,
             "Disentangled autoencoder",

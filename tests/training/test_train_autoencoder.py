@@ -179,13 +179,15 @@ def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_pa
     )  # fmt: skip
     scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=False)
     DLDMPipeline(first, unet, scheduler).save_pretrained(tmp_path / "pipeline")
-    start = [f"--init_from={tmp_path / 'pipeline'}", "--decoder_blocks=3", "--checkpointing_steps=0"]
-    more = [*start, f"--denoiser={tmp_path / 'pipeline'}"]
-    with pytest.raises(ValueError, match="--denoiser: works only with --freeze_encoder"):
-        train_autoencoder.main(words(data, tmp_path / "refused", *more))
-    train_autoencoder.main(words(data, tmp_path / "same", *start, "--learning_rate=1e-12", "--no-use_ema"))
-    train_autoencoder.main(words(data, tmp_path / "second", *more, "--freeze_encoder"))
-    same, second = (DisentangledAutoencoder.from_pretrained(tmp_path / name).eval() for name in ("same", "second"))
+    more = ["--decoder_blocks=3", "--checkpointing_steps=0"]
+    start = [f"--init_from={tmp_path / 'pipeline'}", *more, "--learning_rate=1e-12", "--no-use_ema"]
+    train_autoencoder.main(words(data, tmp_path / "same", *start))
+    train_autoencoder.main(words(data, tmp_path / "second", f"--denoiser={tmp_path / 'pipeline'}", *more))
+    same = DisentangledAutoencoder.from_pretrained(tmp_path / "same")
+    sharpened = DLDMPipeline.from_pretrained(tmp_path / "second")
+    second = sharpened.autoencoder
+    for name, weight in sharpened.unet.state_dict().items():
+        assert torch.equal(weight, unet.state_dict()[name])
     assert same.config.decoder_blocks == second.config.decoder_blocks == 3 > first.config.decoder_blocks
     images = torch.rand(2, first.num_modalities, first.config.sample_size, first.config.sample_size)
     with torch.no_grad():
@@ -194,6 +196,12 @@ def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_pa
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-4)
     assert not torch.allclose(outputs[0], outputs[2], rtol=0, atol=1e-4)
     torch.testing.assert_close(*structures, rtol=0, atol=1e-5)
+
+    same.register_to_config(structure_shift=[9.0] * channels)
+    same.save_pretrained(tmp_path / "moved")
+    start = [f"--init_from={tmp_path / 'moved'}", f"--denoiser={tmp_path / 'pipeline'}"]
+    with pytest.raises(ValueError, match="--denoiser .* another structure_shift"):
+        train_autoencoder.main(words(data, tmp_path / "refused", *start))
 
 
 def test_an_autoencoder_can_start_from_one_of_other_modalities_and_size(data, tmp_path):

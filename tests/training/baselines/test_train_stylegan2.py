@@ -1,0 +1,121 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import train_stylegan2
+from baseline_utils import Slices
+from PIL import Image
+from safetensors.torch import load_file
+from stylegan2 import StyleGAN2
+
+from dldm_pipeline.data.slices import SliceDataset, write_slices
+
+
+def words(data, output, *more):
+    return ["--config", "stylegan2_tiny", f"--dataset={data}", f"--output_dir={output}", *more]
+
+
+@pytest.mark.parametrize("form", [[], ["--conditional"]])
+def test_a_run_writes_a_generator_that_draws_subjects(baseline_data, extractor, tmp_path, form):
+    more = ("--validation_steps", "2", "--checkpointing_steps", "2", "--max_train_steps", "3", *form)
+    train_stylegan2.main(words(baseline_data, tmp_path, *more), extractor)
+    model = StyleGAN2.from_pretrained(tmp_path)
+    images, masks = model.sample(2, torch.Generator().manual_seed(0), return_masks=True)
+    assert images.shape == (2, 3, 32, 32) and (masks is None) == bool(form)
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-3"]
+    entries = json.loads((tmp_path / "selection.json").read_text())
+    assert [entry["step"] for entry in entries] == [2, 3]
+    assert Image.open(tmp_path / "samples.png").size[1] > Image.open(tmp_path / "validation/step-000002.png").size[1]
+    card = (tmp_path / "README.md").read_text()
+    assert "T1, T2, FLAIR" in card and "KID (validation)" in card and "Not for diagnosis" in card
+    assert str(tmp_path) not in (tmp_path / "config.json").read_text()
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
+    # Averaged weights are what is published.
+    best = min(entries, key=lambda entry: entry["KID"])["step"]
+    average = load_file(tmp_path / f"checkpoint-{best}" / "ema.safetensors")
+    assert torch.equal(next(iter(model.parameters())), average["0000"])
+
+
+def test_a_resumed_run_ends_like_one_that_never_stopped(baseline_data, extractor, tmp_path):
+    weights = {}
+    for name, stops in {"whole": [4], "halves": [2, 4]}.items():
+        for steps in stops:
+            more = ("--max_train_steps", f"{steps}", "--checkpointing_steps", "2", "--selection_subjects", "0")
+            train_stylegan2.main(
+                words(baseline_data, tmp_path / name, *more, "--resume_from_checkpoint", "latest"), extractor
+            )
+        weights[name] = load_file(tmp_path / name / "diffusion_pytorch_model.safetensors")
+    torch.testing.assert_close(weights["whole"], weights["halves"], rtol=0, atol=0)
+
+
+def test_batches_are_real_images_with_soft_masks_or_labels():
+    images = torch.arange(1, 9).reshape(4, 2, 1, 1).expand(-1, -1, 8, 8) / 10
+    masks = torch.zeros(4, 8, 8, dtype=torch.bool)
+    masks[:, 2:4, 2:4] = True
+    slices = Slices(images.half(), torch.tensor([[True, True], [True, False], [False, True], [True, True]]), masks)
+    joint, labels = train_stylegan2.draw_batch(slices, 64, conditional=False)
+    assert joint.shape == (64, 3, 8, 8) and labels is None
+    mask = joint[:, 2] / 2 + 0.5
+    assert mask.min() == 0 and mask.max() == pytest.approx(0.5625) and mask[0].sum() == pytest.approx(4)
+    assert (mask > 0.5).sum() == 4 * 64
+    assert 0 < (mask[:, 2, 2] > 0.5).sum() < 64  # some are mirrored
+    single, labels = train_stylegan2.draw_batch(slices, 64, conditional=True)
+    values = ((single[:, 0, 0, 0] / 2 + 0.5) * 10).round().long()
+    assert single.shape == (64, 1, 8, 8) and set(values.tolist()) == {1, 2, 3, 6, 7, 8}
+    assert torch.equal((values - 1) % 2, labels)
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (["--resolution", "64"], "the slices in"),
+        (["--channels", "8", "8"], "give 4 positive widths"),
+        (["--conditional", "--mask"], "--mask: a --conditional image has no mask"),
+        (["--translation", "0.5"], "--translation 0.5"),
+        (["--r1_interval", "0"], "--r1_interval 0"),
+        (["--selection_subjects", "1"], "--selection_subjects 1"),
+        (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps 2"),
+        (["--modalities", "T1", "WB"], "WB wanted"),
+        (["--dataset", "./absent"], "absent"),
+        (["--resume_from_checkpoint", "absent"], "--resume_from_checkpoint absent"),
+    ],
+)
+def test_bad_input_is_refused(baseline_data, extractor, refused, tmp_path, monkeypatch, more, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(train_stylegan2.main, words(baseline_data, tmp_path / "out", *more), extractor)
+
+
+def test_the_presets_build():
+    for preset, most in (("stylegan2_small", 8e6), ("stylegan2_tiny", 1e5)):
+        args = train_stylegan2.parse_args(train_stylegan2.build_parser(), ["--config", preset])
+        args.mask = True
+        with torch.device("meta"):
+            generator, discriminator = train_stylegan2.build_networks(args, ("T1", "T2", "FLAIR", "WB", "BB"))
+        assert generator.num_parameters() < most
+        assert sum(p.numel() for p in discriminator.parameters()) < most
+
+
+@pytest.mark.slow
+def test_it_learns_bright_discs(extractor, tmp_path):
+    """Minutes: discs on black, all of them inside the picture, are drawn as such."""
+    random, (y, x) = np.random.default_rng(0), np.mgrid[:32, :32]
+
+    def row(i):
+        disc = np.hypot(y - random.uniform(12, 20), x - random.uniform(12, 20)) < random.uniform(6, 10)
+        return {"subject": f"s{i}", "slice_index": 0, "T1": 0.7 * disc, "T2": 0.3 * disc, "mask": disc}
+
+    write_slices((row(i) for i in range(500)), tmp_path / "data", ("T1", "T2"))
+    more = ("--max_train_steps", "1500", "--train_batch_size", "16", "--channels", "64", "32", "16", "16")
+    more += ("--selection_subjects", "100", "--validation_steps", "250", "--ema_decay", "0.99")
+    train_stylegan2.main(words(tmp_path / "data", tmp_path / "out", *more), extractor)
+    entries = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert min(entry["KID"] for entry in entries) < 0.1 * entries[0]["KID"] or entries[0]["KID"] < 1e-3
+    images, masks = StyleGAN2.from_pretrained(tmp_path / "out").sample(64, return_masks=True)
+    real = SliceDataset(tmp_path / "data", "validation")
+    area = torch.stack([real[i]["mask"] for i in range(len(real))]).mean()
+    assert masks.mean() == pytest.approx(area.item(), rel=0.3)
+    inside = masks.bool() & (images[:, 0] > 0.35)
+    assert inside.sum() > 0.9 * masks.sum()
+    # Both contrasts show the same disc.
+    assert torch.corrcoef(torch.stack([images[:, 0].flatten(), images[:, 1].flatten()]))[0, 1] > 0.9

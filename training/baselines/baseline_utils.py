@@ -1,0 +1,354 @@
+"""What the compared systems share: data in memory, the choice of the best checkpoint, seeds, sheets and cards.
+
+What they share with the DLDM's own training scripts is in `dldm_pipeline.training_utils`.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from dldm_pipeline.data.sheet import contact_sheet
+from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.metrics.features import load_extractor, to_uint8
+from dldm_pipeline.metrics.fidelity import kernel_distance
+from dldm_pipeline.training_utils import TrainingClock, write_model_card, write_pretrained
+
+# uint8 (N, H, W) in 0-255 to (N, d): `dldm_pipeline.metrics.features.FeatureExtractor`, or any other function.
+Extractor = Callable[[np.ndarray], np.ndarray]
+
+SHEET_SUBJECTS = 8
+SELECTION_SEED = 20240  # not a seed that a test of the finished model would take
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments about the choice of the checkpoint."""
+    group = parser.add_argument_group("choice of the checkpoint")
+    group.add_argument(
+        "--selection_subjects",
+        type=int,
+        default=128,
+        help="generated at each validation, and compared with as many held-out slices by KID; the best model is kept. 0: "
+        "the last one is. The clock stands still meanwhile",
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse values that the baselines cannot honour.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the baselines do without; raise "
+            "--train_batch_size"
+        )
+    if args.selection_subjects < 0 or args.selection_subjects == 1:
+        raise ValueError(
+            f"--selection_subjects {args.selection_subjects}: KID needs at least 2; give 0 to keep the last model"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Slices:
+    """N slices in memory.
+
+    Attributes:
+        images: (N, n, H, W) float16 in [0, 1]; zeros where a modality is missing.
+        present: (N, n) bool, which are there.
+        masks: (N, H, W) bool, or `None` where nobody asked for them.
+    """
+
+    images: torch.Tensor
+    present: torch.Tensor
+    masks: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "Slices":
+        """The same on a device."""
+        return Slices(
+            self.images.to(device), self.present.to(device), None if self.masks is None else self.masks.to(device)
+        )
+
+
+def open_split(data: str | Path, split: str, args: argparse.Namespace) -> SliceDataset:
+    """A split of the data at the size that the arguments say.
+
+    Raises:
+        ValueError: `--resolution` is not that of the data.
+    """
+    dataset = SliceDataset(data, split, args.modalities)
+    if dataset.image_size != args.resolution:
+        raise ValueError(
+            f"--resolution {args.resolution}: the slices in {data} are {dataset.image_size} pixels; give that, "
+            "or prepare the data set again with --image_size"
+        )
+    return dataset
+
+
+def read_slices(
+    dataset: SliceDataset, complete: bool = False, mask: bool = False, num_workers: int = 0, show_progress: bool = False
+) -> Slices:
+    """Read a whole split: 41 kB a slice of five modalities at 64x64.
+
+    Args:
+        dataset: the split.
+        complete: leave out slices that lack a modality.
+        mask: read masks too, and leave out slices without one.
+        num_workers: processes that decode.
+        show_progress: whether to show a bar.
+
+    Raises:
+        ValueError: no slice is left.
+    """
+    images, present, masks = [], [], []
+    for batch in tqdm(
+        DataLoader(dataset, 64, num_workers=num_workers), "reading slices", unit="batch", disable=not show_progress
+    ):
+        kept = torch.ones(len(batch["images"]), dtype=torch.bool)
+        if complete:
+            kept &= batch["present"].all(dim=1)
+        if mask:
+            kept &= batch["has_mask"]
+        images.append(batch["images"][kept].half())
+        present.append(batch["present"][kept])
+        masks.append(batch["mask"][kept] > 0.5)
+    slices = Slices(torch.cat(images), torch.cat(present), torch.cat(masks) if mask else None)
+    if not len(slices):
+        mends = [f"all of {', '.join(dataset.modalities)} (name fewer --modalities, or add --conditional)"] * complete
+        mends += ["a mask (add --no-mask)"] * mask
+        raise ValueError(f"--dataset: no slice has {' and '.join(mends)}")
+    return slices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def subject_generators(
+    num_subjects: int, generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int = 1
+) -> list[torch.Generator]:
+    """One generator a subject, so that a subject does not depend on its batch.
+
+    Args:
+        num_subjects: one or more.
+        generator: one, from which the subjects' seeds are drawn; or one a subject, used as they are; or `None` for
+            seeds that nobody chose.
+        batch_size: only checked.
+
+    Raises:
+        ValueError: a number below 1, or another number of generators.
+    """
+    for name, value in (("num_subjects", num_subjects), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give 1 or more")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        if len(generator) != num_subjects:
+            raise ValueError(
+                f"generator has {len(generator)} entries for {num_subjects} subjects; give one each, or one"
+            )
+        return list(generator)
+    device = "cpu" if generator is None else generator.device
+    seeds = torch.randint(2**62, (num_subjects,), generator=generator, device=device).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice of the checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def default_extractor(device: torch.device) -> Extractor:
+    """EfficientNet-Lite0, which needs no download.
+
+    Raises:
+        ValueError: its packages are not installed.
+    """
+    try:
+        extractor = load_extractor("efficientnet-lite0", device=str(device))
+    except ImportError as error:
+        raise ValueError(f"--selection_subjects: {error} Or give 0, which keeps the last model") from error
+    return partial(extractor, progress=False)
+
+
+class Selection:
+    """Measures a model by validation KID and keeps the best one in the output folder.
+
+    `selection.json` in the folder lists what was measured, and lets a resumed run go on.
+
+    Args:
+        folder: the output folder.
+        real: held-out slices; at most `num_subjects` of them are used, evenly spread.
+        modalities: their names.
+        num_subjects: how many to generate; 0 measures nothing.
+        extractor: from images to features; by default `default_extractor`.
+        resume: go on with the folder's list, rather than begin a new one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        real: Slices,
+        modalities: Sequence[str],
+        num_subjects: int,
+        extractor: Extractor | None = None,
+        resume: bool = False,
+    ):
+        self.path, self.modalities, self.num_subjects = Path(folder) / "selection.json", tuple(modalities), num_subjects
+        self.entries: list[dict] = []
+        if resume and self.path.is_file():
+            self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+        else:
+            self.path.unlink(missing_ok=True)
+        if not num_subjects:
+            return
+        self.extractor = extractor or default_extractor(real.images.device)
+        self.real = []
+        for m, name in enumerate(self.modalities):
+            rows = real.present[:, m].nonzero()[:, 0]
+            if len(rows) < 2:
+                raise ValueError(
+                    f"--selection_subjects {num_subjects}: the validation split has {len(rows)} slices of {name}, and KID "
+                    "needs 2; hold out more subjects, or give 0"
+                )
+            rows = rows[torch.linspace(0, len(rows) - 1, min(num_subjects, len(rows))).long()]
+            self.real.append(self.extractor(to_uint8(real.images[rows, m].cpu().numpy())))
+
+    @property
+    def best(self) -> dict | None:
+        """The entry of the kept model, `None` before the first."""
+        return min(self.entries, key=lambda entry: entry["KID"], default=None)
+
+    def measure(self, images: torch.Tensor) -> dict[str, float]:
+        """KID of generated images (S, n, H, W) in [0, 1], averaged over modalities and for each."""
+        values = []
+        for m, real in enumerate(self.real):
+            pictures = to_uint8(images[:, m].numpy())
+            # A generator can fail to nothing but black, which extractors take for a mistake in scaling.
+            values.append(kernel_distance(real, self.extractor(pictures)) if pictures.max() > 1 else math.inf)
+        return {"KID": float(np.mean(values)), **{f"KID {k}": v for k, v in zip(self.modalities, values, strict=True)}}
+
+    def offer(self, model: torch.nn.Module, clock: TrainingClock) -> dict[str, float]:
+        """Measure a model, always on the same seeds, and write it to the folder if it is the best so far.
+
+        The clock stands still: measuring is no training.
+
+        Returns:
+            The figures; empty when nothing is measured.
+        """
+        if not self.num_subjects:
+            return {}
+        if self.entries and self.entries[-1]["step"] == clock.step:
+            return {key: value for key, value in self.entries[-1].items() if key.startswith("KID")}
+        state = clock.state_dict()
+        model.eval()
+        images = model.sample(self.num_subjects, torch.Generator().manual_seed(SELECTION_SEED))
+        model.train()
+        figures = self.measure(images)
+        if self.best is None or figures["KID"] < self.best["KID"]:
+            write_pretrained(model.save_pretrained, self.path.parent)
+        self.entries.append({"step": clock.step, "minutes": round(state["seconds"] / 60, 2), **figures})
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text(json.dumps(self.entries, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+        clock.load_state_dict(state)
+        return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_sheet(
+    model: torch.nn.Module, num_subjects: int, seed: int, path: Path, real: SliceDataset | None = None
+) -> None:
+    """Save generated subjects as a contact sheet, above as many real ones."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(num_subjects)]
+    images = [*model.eval().sample(num_subjects, generators).numpy()]
+    names = [f"generated {i + 1}" for i in range(num_subjects)]
+    for i in [] if real is None else np.linspace(0, len(real) - 1, min(num_subjects, len(real))).astype(int):
+        item = real[i]
+        # The sheet leaves NaN empty.
+        images.append(np.where(item["present"][:, None, None], item["images"], np.nan))
+        names.append(f"real {len(names) - num_subjects + 1}")
+    contact_sheet(np.stack(images), None, list(model.config.modalities), names, path)
+
+
+def finish(
+    model: torch.nn.Module,
+    selection: Selection,
+    clock: TrainingClock,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    real: SliceDataset,
+    title: str,
+    description: str,
+    training: dict[str, float | int | str],
+) -> torch.nn.Module:
+    """Offer the last model, then write card and sheet of the one that was kept.
+
+    Args:
+        model: with averaged weights.
+        selection: made at the start.
+        clock: of the run.
+        args: of the run; those worth knowing go to the card.
+        accelerator: of the run.
+        real: shown beneath the generated subjects.
+        title: of the card.
+        description: Markdown.
+        training: more figures of the run.
+
+    Returns:
+        The kept model.
+    """
+    output_dir = Path(args.output_dir)
+    selection.offer(model, clock)
+    if selection.best is None:
+        write_pretrained(model.save_pretrained, output_dir)
+    elif selection.best["step"] != clock.step:
+        model = type(model).from_pretrained(output_dir).to(accelerator.device)
+    draw_sheet(model, SHEET_SUBJECTS, args.seed, output_dir / "samples.png", real)
+    figures = {} if selection.best is None else {f"{key} (validation)": v for key, v in selection.best.items()}
+    hidden = ("hub_token", "hub_model_id", "output_dir", "dataset", "cache_dir", "config")
+    write_model_card(
+        output_dir,
+        title,
+        f"{description}\n\nTrained as a system to compare with, by the same data, split and time.",
+        figures,
+        {
+            "steps": clock.step,
+            "images seen per process": clock.step * args.train_batch_size,
+            "minutes": round(clock.elapsed / 60, 1),
+            **training,
+            **{name: value for name, value in vars(args).items() if name not in hidden},
+        },
+        {"generated subjects above, real ones below": "samples.png"},
+    )
+    kept = "the last model" if selection.best is None else f"step {selection.best['step']} of {clock.step}"
+    print(f"{output_dir}: kept {kept}" + "".join(f", {name} {value:.4f}" for name, value in figures.items()))
+    return model

@@ -1,0 +1,234 @@
+"""A plain latent diffusion model of single modalities: what remains of DLDM without its disentanglement.
+
+Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022). An autoencoder with a
+weak KL term makes a latent of one image of whatever modality, and a denoiser, told the modality by a label, draws such
+latents. A subject is the same starting noise under each label; nothing else ties its modalities together.
+
+Noise schedule, prediction type and sampler are those of DLDM, so that the comparison is about the latents.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from baseline_utils import subject_generators
+from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+
+from dldm_pipeline.modalities import check_modalities
+
+NORM_GROUPS = 8
+
+
+def make_scheduler() -> DDIMScheduler:
+    """DLDM's noise schedule: cosine, v-prediction, no signal left at the last step."""
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+class PlainLDM(ModelMixin, ConfigMixin):
+    """Autoencoder and denoiser, with what is needed to sample subjects.
+
+    Args:
+        modalities: names, in the order of the labels.
+        sample_size: image height and width, pixels.
+        patch_size: pixels of a patch's side that become channels before the first convolution, which saves most of the
+            work at full size.
+        autoencoder_channels: width of each grid; the first has sample_size / patch_size, each other one half.
+        autoencoder_layers: residual blocks on each grid of the encoder; the decoder has one more.
+        latent_channels: of the latent, whose grid is the autoencoder's last.
+        block_out_channels: width of each grid of the denoiser.
+        layers_per_block: residual blocks on each grid of the denoiser.
+        attention_sizes: grids of the denoiser with attention; the coarsest has one more.
+        attention_head_dim: channels of one attention head.
+        latents_mean: of each latent channel over the training set.
+        latents_std: of each latent channel over the training set; `None` until `train_plain_ldm.py` measured it.
+
+    Raises:
+        ValueError: sizes cannot be halved that often, or widths do not divide.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        modalities: Sequence[str] = ("T1", "T2", "FLAIR", "WB", "BB"),
+        sample_size: int = 64,
+        patch_size: int = 2,
+        autoencoder_channels: Sequence[int] = (32, 64, 96),
+        autoencoder_layers: int = 1,
+        latent_channels: int = 8,
+        block_out_channels: Sequence[int] = (96, 128, 128),
+        layers_per_block: int = 1,
+        attention_sizes: Sequence[int] = (8, 4),
+        attention_head_dim: int = 32,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        check_modalities(modalities)
+        shrink = patch_size * 2 ** (len(autoencoder_channels) - 1)
+        if sample_size % shrink:
+            raise ValueError(
+                f"autoencoder_channels has {len(autoencoder_channels)} grids and patch_size is {patch_size}: a sample_size "
+                f"of {sample_size} cannot be divided by {shrink}"
+            )
+        grid = self.latent_size = sample_size // shrink
+        if grid % 2 ** (len(block_out_channels) - 1):
+            raise ValueError(
+                f"block_out_channels has {len(block_out_channels)} grids, but the latents' {grid} cannot be halved that "
+                "often; give fewer"
+            )
+        for name, widths in (
+            ("autoencoder_channels", autoencoder_channels),
+            ("block_out_channels", block_out_channels),
+        ):
+            for width in widths:
+                if width < 1 or width % NORM_GROUPS:
+                    raise ValueError(f"{name} has a width of {width}; it must divide by {NORM_GROUPS}")
+        sizes = [grid // 2**level for level in range(len(block_out_channels))]
+        attention = [size in attention_sizes for size in sizes]
+        for width, attends in zip(block_out_channels, [*attention[:-1], True], strict=True):
+            if attends and width % attention_head_dim:
+                raise ValueError(
+                    f"attention_head_dim is {attention_head_dim}, which does not divide a width of {width}"
+                )
+        depth = len(autoencoder_channels)
+        self.autoencoder = AutoencoderKL(
+            in_channels=patch_size**2,
+            out_channels=patch_size**2,
+            down_block_types=("DownEncoderBlock2D",) * depth,
+            up_block_types=("UpDecoderBlock2D",) * depth,
+            block_out_channels=tuple(autoencoder_channels),
+            layers_per_block=autoencoder_layers,
+            latent_channels=latent_channels,
+            norm_num_groups=NORM_GROUPS,
+            sample_size=sample_size // patch_size,
+            mid_block_add_attention=False,
+        )
+        self.unet = UNet2DModel(
+            sample_size=grid,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            down_block_types=tuple("AttnDownBlock2D" if attends else "DownBlock2D" for attends in attention),
+            up_block_types=tuple("AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)),
+            attention_head_dim=attention_head_dim,
+            norm_num_groups=NORM_GROUPS,
+            num_class_embeds=len(modalities),
+        )
+
+    def encode(self, images: torch.Tensor) -> DiagonalGaussianDistribution:
+        """Images (B, 1, H, W) in [0, 1] to the posterior of their latents (B, latent_channels, h, w)."""
+        patches = F.pixel_unshuffle(images * 2 - 1, self.config.patch_size)
+        return self.autoencoder.encode(patches.contiguous(memory_format=torch.channels_last)).latent_dist
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, latent_channels, h, w) to images (B, 1, H, W), about 0 to 1."""
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        return F.pixel_shuffle(self.autoencoder.decode(latents).sample, self.config.patch_size) / 2 + 0.5
+
+    def _shift_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.latents_std is None:
+            raise ValueError("latents_std is None: this model was not trained to its end; run train_plain_ldm.py again")
+        mean, std = (
+            torch.tensor(values, device=self.device, dtype=self.dtype)[:, None, None]
+            for values in (self.config.latents_mean, self.config.latents_std)
+        )
+        return mean, std
+
+    def normalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the autoencoder gives them to mean 0 and deviation 1, channel by channel."""
+        mean, std = self._shift_and_scale()
+        return (latents - mean) / std
+
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalize`."""
+        mean, std = self._shift_and_scale()
+        return latents * std + mean
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The velocity of noisy, normalised latents (B, latent_channels, h, w) at times (B,) under labels (B,)."""
+        return self.unet(latents.contiguous(memory_format=torch.channels_last), timesteps, class_labels=labels).sample
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_subjects: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int = 32,
+        num_inference_steps: int = 20,
+    ) -> torch.Tensor:
+        """Draw subjects.
+
+        Args:
+            num_subjects: S, one or more.
+            generator: CPU generator, or one for each subject. The same seed gives the same subjects, whatever the
+                batch size.
+            batch_size: subjects at once; only memory and time depend on it.
+            num_inference_steps: denoising steps of each image.
+
+        Returns:
+            (S, n, H, W) float32 in [0, 1] on the CPU.
+
+        Raises:
+            ValueError: a number below 1, another number of generators, or a model that was not trained to its end.
+        """
+        generators = subject_generators(num_subjects, generator, batch_size)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; give 1 or more")
+        n, scheduler = len(self.config.modalities), make_scheduler()
+        results = []
+        for start in range(0, num_subjects, batch_size):
+            part = generators[start : start + batch_size]
+            shape = (len(part), self.config.latent_channels, self.latent_size, self.latent_size)
+            latents = randn_tensor(shape, part, self.device, self.dtype).repeat_interleave(n, 0)
+            labels = torch.arange(n, device=self.device).repeat(len(part))
+            scheduler.set_timesteps(num_inference_steps)
+            for t in scheduler.timesteps:
+                velocity = self(latents, t.to(self.device).expand(len(latents)), labels)
+                latents = scheduler.step(velocity, t, latents).prev_sample
+            images = torch.cat([self.decode(part) for part in self.denormalize(latents).split(32)])
+            results.append(images[:, 0].unflatten(0, (-1, n)).clamp(0, 1).float().cpu())
+        return torch.cat(results)
+
+
+def diffusion_loss(
+    model: torch.nn.Module,
+    scheduler: DDIMScheduler,
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Mean squared error of the predicted velocity, a scalar.
+
+    Times are stratified over the batch, which lowers the variance of the loss.
+
+    Args:
+        model: `PlainLDM`, or what `accelerate` made of it.
+        scheduler: from `make_scheduler`.
+        latents: (B, latent_channels, h, w), normalised.
+        labels: (B,), which modality.
+        generator: of times and noise.
+    """
+    size, steps, device = len(latents), scheduler.config.num_train_timesteps, latents.device
+    strata = torch.randperm(size, generator=generator, device=device)
+    times = strata + torch.rand(size, generator=generator, device=device)
+    times = (times / size * steps).long().clamp(max=steps - 1)
+    noise = torch.randn(latents.shape, generator=generator, device=device)
+    velocity = model(scheduler.add_noise(latents, noise, times), times, labels)
+    return F.mse_loss(velocity.float(), scheduler.get_velocity(latents, noise, times))
+
+
+def psnr(images: torch.Tensor, targets: torch.Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of images (B, 1, H, W) with a range of 1."""
+    error = ((images.clamp(0, 1) - targets) ** 2).mean(dim=(1, 2, 3))
+    return float((-10 * error.clamp(min=1e-10).log() / math.log(10)).mean())

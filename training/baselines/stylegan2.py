@@ -1,0 +1,399 @@
+"""StyleGAN2 for multi-modal slices: networks, losses and augmentation, written from the papers in plain torch operations.
+
+Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (CVPR 2020): mapping network, modulated and
+demodulated convolutions, noise inputs, skip generator, residual discriminator, lazy R1. Karras et al., "Progressive
+Growing of GANs" (ICLR 2018): equalised learning rates and minibatch standard deviation. Miyato & Koyama, "cGANs with
+Projection Discriminator" (ICLR 2018): labels. Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training"
+(NeurIPS 2020): translation. Left out: path-length regularisation and style mixing, which Karras et al. (NeurIPS 2020) found
+to be of no use for small images and data sets.
+
+Two forms: *joint* draws all modalities of a subject, and its tumour mask, as channels of one image; *conditional* draws
+one modality, named by a label, and a subject is the same latent vector and noise under each label.
+
+Inside, images run from -1 to 1; `sample` gives [0, 1].
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from baseline_utils import subject_generators
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from dldm_pipeline.modalities import check_modalities
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lrelu(x: torch.Tensor) -> torch.Tensor:
+    """Leaky ReLU that keeps the variance of normal input."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+def blur(x: torch.Tensor, stride: int = 1, padding: int = 1, gain: float = 1.0) -> torch.Tensor:
+    """The paper's low-pass filter [1, 3, 3, 1] along both axes, (B, C, H, W), for smooth resampling."""
+    taps = x.new_tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    kernel = (gain * taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(x, kernel, stride=stride, padding=padding, groups=x.shape[1])
+
+
+def upsample(x: torch.Tensor) -> torch.Tensor:
+    """Twice the size. Bilinear interpolation is zero insertion followed by `blur`."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class EqualLinear(nn.Module):
+    """A linear layer whose weights are stored at unit variance and scaled in use, so that all learn at one speed.
+
+    Args:
+        inputs: features in.
+        outputs: features out.
+        bias: initial value of all biases.
+        speed: learning rate against that of the other layers.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: float = 0.0, speed: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / speed)
+        self.bias = nn.Parameter(torch.full((outputs,), bias / speed))
+        self.scale, self.speed = speed / math.sqrt(inputs), speed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.scale, self.bias * self.speed)
+
+
+class EqualConv2d(nn.Module):
+    """A convolution of equalised learning rate; `down` halves the size, with a blur before."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, bias: bool = True, down: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.scale, self.kernel, self.down = 1 / math.sqrt(inputs * kernel**2), kernel, down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.down:
+            return F.conv2d(x, self.weight * self.scale, self.bias, padding=self.kernel // 2)
+        if self.kernel == 1:
+            return F.conv2d(blur(x, stride=2), self.weight * self.scale, self.bias)
+        # Four taps over H with two zeros each side leave H + 1, of which the strided convolution makes H / 2.
+        return F.conv2d(blur(x, padding=2), self.weight * self.scale, self.bias, stride=2)
+
+
+class ModulatedConv2d(nn.Module):
+    """A convolution whose input channels are scaled by a style, and its output channels back to unit variance.
+
+    Scaling the activations gives the same numbers as giving each image a kernel of its own (equations 1 to 3 of the
+    paper, there run as a grouped convolution), and lets all images share one fast convolution.
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        kernel: 1 or 3.
+        style_dim: length of w.
+        demodulate: whether to divide by the expected deviation.
+        up: whether to double the size, with a blur after.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, style_dim: int, demodulate: bool = True, up: bool = False
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
+        self.style = EqualLinear(style_dim, inputs, bias=1.0)
+        self.scale, self.kernel, self.demodulate, self.up = 1 / math.sqrt(inputs * kernel**2), kernel, demodulate, up
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """(B, inputs, H, W) and (B, style_dim) to (B, outputs, H, W), or twice that size."""
+        style, weight = self.style(w), self.weight * self.scale
+        x = x * style[:, :, None, None]
+        if self.up:
+            x = blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), gain=4.0)
+        else:
+            x = F.conv2d(x, weight, padding=self.kernel // 2)
+        if self.demodulate:
+            power = style.square() @ weight.square().sum(dim=(2, 3)).T
+            x = x * (power + 1e-8).rsqrt()[:, :, None, None]
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generator
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MappingNetwork(nn.Module):
+    """z (B, d), and labels (B,) if there are any, to w (B, d)."""
+
+    def __init__(self, dim: int, layers: int, num_labels: int):
+        super().__init__()
+        self.label = nn.Embedding(num_labels, dim) if num_labels else None
+        widths = [2 * dim if num_labels else dim, *[dim] * layers]
+        self.layers = nn.ModuleList(EqualLinear(a, b, speed=0.01) for a, b in zip(widths, widths[1:], strict=False))
+
+    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        parts = [z] if self.label is None else [z, self.label(labels)]
+        x = torch.cat([part * (part.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt() for part in parts], dim=1)
+        for layer in self.layers:
+            x = lrelu(layer(x))
+        return x
+
+
+class StyledConv(nn.Module):
+    """Modulated convolution, noise of a learned strength, bias, leaky ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, style_dim: int, up: bool = False):
+        super().__init__()
+        self.conv = ModulatedConv2d(inputs, outputs, 3, style_dim, up=up)
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.conv(x, w)
+        if noise is None:
+            noise = torch.randn(len(x), 1, *x.shape[2:], device=x.device, dtype=x.dtype)
+        return lrelu(x + (noise * self.noise_strength + self.bias[:, None, None]))
+
+
+class StyleGAN2(ModelMixin, ConfigMixin):
+    """The generator, with what is needed to sample subjects. Load and save by `from_pretrained`, `save_pretrained`.
+
+    Args:
+        modalities: names, in the order of the images' channels (joint) or of the labels (conditional).
+        sample_size: image height and width, pixels: 8, 16, 32, ...
+        channels: width on the grid of 4x4, 8x8, ..., sample_size.
+        latent_dim: length of z and w.
+        mapping_layers: layers of the mapping network.
+        conditional: one modality an image, named by a label, in place of all as channels of one.
+        mask: joint form only: the tumour mask is one more channel.
+
+    Raises:
+        ValueError: `sample_size` is no such power of two, `channels` does not have one width for each grid, or the
+            conditional form is to have a mask.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        modalities: Sequence[str] = ("T1", "T2", "FLAIR", "WB", "BB"),
+        sample_size: int = 64,
+        channels: Sequence[int] = (256, 128, 64, 32, 16),
+        latent_dim: int = 256,
+        mapping_layers: int = 4,
+        conditional: bool = False,
+        mask: bool = True,
+    ):
+        super().__init__()
+        check_grids(sample_size, channels)
+        check_modalities(modalities)
+        if conditional and mask:
+            raise ValueError(
+                "mask is True and so is conditional: the modalities of a conditional subject share no anatomy that a "
+                "mask could belong to; set one to False"
+            )
+        self.image_channels = 1 if conditional else len(modalities) + mask
+        self.mapping = MappingNetwork(latent_dim, mapping_layers, len(modalities) if conditional else 0)
+        self.const = nn.Parameter(torch.randn(1, channels[0], 4, 4))
+        convs, to_image = [StyledConv(channels[0], channels[0], latent_dim)], []
+        for a, b in zip(channels, channels[1:], strict=False):
+            convs += [StyledConv(a, b, latent_dim, up=True), StyledConv(b, b, latent_dim)]
+        for width in channels:
+            to_image.append(ModulatedConv2d(width, self.image_channels, 1, latent_dim, demodulate=False))
+        self.convs, self.to_image = nn.ModuleList(convs), nn.ModuleList(to_image)
+        self.image_bias = nn.Parameter(torch.zeros(self.image_channels))
+
+    def forward(
+        self, z: torch.Tensor, labels: torch.Tensor | None = None, noises: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Draw images.
+
+        Args:
+            z: (B, latent_dim), normal.
+            labels: (B,) int64, which modality; conditional form only.
+            noises: one (B, 1, h, w) for each convolution, from 4x4 up; by default drawn.
+
+        Returns:
+            (B, image_channels, H, W), about -1 to 1.
+        """
+        w = self.mapping(z, labels)
+        noises = [None] * len(self.convs) if noises is None else noises
+        x = self.const.expand(len(z), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        x = self.convs[0](x, w, noises[0])
+        image = self.to_image[0](x, w)
+        for level in range(1, len(self.to_image)):
+            x = self.convs[2 * level - 1](x, w, noises[2 * level - 1])
+            x = self.convs[2 * level](x, w, noises[2 * level])
+            image = upsample(image) + self.to_image[level](x, w)
+        return image + self.image_bias[:, None, None]
+
+    def noise_sizes(self) -> list[int]:
+        """Height of the noise of each convolution."""
+        return [4 * 2 ** ((i + 1) // 2) for i in range(len(self.convs))]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_subjects: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int = 32,
+        return_masks: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """Draw subjects.
+
+        Args:
+            num_subjects: S, one or more.
+            generator: CPU generator, or one for each subject. The same seed gives the same subjects, whatever the
+                batch size.
+            batch_size: subjects at once; only memory and time depend on it.
+            return_masks: also give the masks.
+
+        Returns:
+            (S, n, H, W) float32 in [0, 1] on the CPU; with `return_masks`, also (S, H, W) of 0 and 1, or `None` for a
+            model without masks.
+
+        Raises:
+            ValueError: `num_subjects` or `batch_size` below 1, or another number of generators.
+        """
+        generators = subject_generators(num_subjects, generator, batch_size)
+        n, conditional = len(self.config.modalities), self.config.conditional
+        results = []
+        for start in range(0, num_subjects, batch_size):
+            part = generators[start : start + batch_size]
+            count = len(part)
+            shapes = [(self.config.latent_dim,), *[(1, size, size) for size in self.noise_sizes()]]
+            z, *noises = (randn_tensor((count, *shape), part, self.device, self.dtype) for shape in shapes)
+            if conditional:
+                labels = torch.arange(n, device=self.device).repeat(count)
+                z, noises = z.repeat_interleave(n, 0), [noise.repeat_interleave(n, 0) for noise in noises]
+                images = self(z, labels, noises).unflatten(0, (count, n))[:, :, 0]
+            else:
+                images = self(z, None, noises)
+            results.append((images / 2 + 0.5).float().cpu())
+        images = torch.cat(results)
+        masks = (images[:, n] > 0.5).float() if self.config.mask else None
+        images = images[:, :n].clamp(0, 1)
+        return (images, masks) if return_masks else images
+
+
+def check_grids(sample_size: int, channels: Sequence[int]) -> None:
+    """Raise a `ValueError` unless `channels` has one positive width for each of 4, 8, ..., `sample_size`."""
+    if sample_size < 8 or sample_size & (sample_size - 1):
+        raise ValueError(f"sample_size is {sample_size}; StyleGAN2 doubles 4 pixels, so give 8, 16, 32, 64, 128 or 256")
+    grids = int(math.log2(sample_size)) - 1
+    if len(channels) != grids or min(channels) < 1:
+        sizes = ", ".join(str(4 * 2**level) for level in range(grids))
+        raise ValueError(f"channels is {list(channels)}; give {grids} positive widths, one for each grid: {sizes}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Discriminator
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a short-cut, half the size."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = EqualConv2d(inputs, inputs, 3)
+        self.conv2 = EqualConv2d(inputs, outputs, 3, down=True)
+        self.skip = EqualConv2d(inputs, outputs, 1, bias=False, down=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (lrelu(self.conv2(lrelu(self.conv1(x)))) + self.skip(x)) / math.sqrt(2)
+
+
+def minibatch_deviation(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
+    """Add a channel with the mean deviation over groups of images, which shows a generator that repeats itself.
+
+    Args:
+        x: (B, C, H, W).
+        group_size: images in a group; the largest divisor of B up to it is taken.
+
+    Returns:
+        (B, C + 1, H, W).
+    """
+    size = next(g for g in range(min(group_size, len(x)), 0, -1) if len(x) % g == 0)
+    groups = x.unflatten(0, (size, -1))
+    deviation = (groups.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))
+    channel = deviation.repeat(size)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+    return torch.cat([x, channel], dim=1)
+
+
+class Discriminator(nn.Module):
+    """Images (B, image_channels, H, W) and, if there are labels, (B,) to logits (B,), above zero for real.
+
+    Args:
+        image_channels: of an image.
+        sample_size: image height and width, pixels.
+        channels: width on the grid of 4x4, 8x8, ..., sample_size.
+        num_labels: how many labels there are; 0 for none.
+    """
+
+    def __init__(self, image_channels: int, sample_size: int, channels: Sequence[int], num_labels: int = 0):
+        super().__init__()
+        check_grids(sample_size, channels)
+        widths = list(channels)[::-1]
+        self.from_image = EqualConv2d(image_channels, widths[0], 1)
+        self.blocks = nn.Sequential(*(ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        self.conv = EqualConv2d(widths[-1] + 1, widths[-1], 3)
+        self.linear = EqualLinear(widths[-1] * 16, widths[-1])
+        self.logit = EqualLinear(widths[-1], 1)
+        self.label = nn.Embedding(num_labels, widths[-1]) if num_labels else None
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.blocks(lrelu(self.from_image(images.contiguous(memory_format=torch.channels_last))))
+        x = lrelu(self.conv(minibatch_deviation(x)))
+        x = lrelu(self.linear(x.flatten(1)))
+        logits = self.logit(x)[:, 0]
+        if self.label is not None:
+            logits = logits + (self.label(labels) * x).sum(dim=1) / math.sqrt(x.shape[1])
+        return logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and augmentation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def translate(images: torch.Tensor, largest: float = 0.125) -> torch.Tensor:
+    """Shift each image by up to a share of its size, (B, C, H, W); every channel alike.
+
+    The border is filled with grey, 0. Black would hide the shift, as slices have black borders, and the generator would
+    then learn to shift its brains as well; so the discriminator sees what the shift was.
+    """
+    reach, size = round(largest * images.shape[-1]), images.shape[-2:]
+    if not reach:
+        return images
+    padded = F.pad(images, [reach] * 4).unbind()
+    corners = torch.randint(2 * reach + 1, (len(images), 2)).tolist()
+    return torch.stack(
+        [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(padded, corners, strict=True)]
+    )
+
+
+def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """The non-saturating loss of Goodfellow et al. (2014), a scalar, from logits (B,)."""
+    return F.softplus(-fake_logits).mean()
+
+
+def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """Logistic loss, a scalar, from logits (B,) and (B,)."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def r1_penalty(real_logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Mean squared length of the logits' gradient by real images, a scalar (Mescheder et al. 2018).
+
+    Args:
+        real_logits: (B,), computed from `images`.
+        images: (B, C, H, W), with `requires_grad`.
+    """
+    (gradient,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()

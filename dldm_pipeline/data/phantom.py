@@ -43,14 +43,15 @@ TISSUE_VALUES = {
 RELAXIVITY_R1, RELAXIVITY_R2 = 4.5, 5.5  # per second and mmol/l, gadolinium chelates at 3 T
 
 # Times in ms, flip angle in degrees. `flow` is the part of the blood signal that survives (spin echo: outflow; black
-# blood: flow-sensitive dephasing). `headroom`: top of the window over the brightest healthy tissue, as whole-volume
-# percentiles give it: in T1 and T2 white matter or fluid sets the top, in the others vessels and lesions do.
+# blood: flow-sensitive dephasing). `headroom`: top of the window over the brightest healthy tissue. It puts healthy tissue
+# where `volumes.py` puts that of real scans: the 95th percentile of the brain (T2: the 98th) of ten BraTS 2021 volumes has
+# the median 0.78 in T1, 0.77 in T2, 0.71 in FLAIR and 0.64 with contrast agent.
 SEQUENCES = {
-    "T1": dict(kind="spin echo", TR=520.0, TE=10.0, contrast=False, flow=0.45, headroom=1.12),
-    "T2": dict(kind="spin echo", TR=4800.0, TE=100.0, contrast=False, flow=0.15, headroom=1.0),
-    "FLAIR": dict(kind="inversion recovery", TR=9000.0, TE=115.0, TI=2500.0, contrast=False, flow=0.15, headroom=1.8),
-    "WB": dict(kind="gradient echo", TR=8.0, TE=3.0, flip=14.0, contrast=True, flow=1.0, headroom=1.95),
-    "BB": dict(kind="spin echo", TR=560.0, TE=14.0, contrast=True, flow=0.04, headroom=1.85),
+    "T1": dict(kind="spin echo", TR=520.0, TE=10.0, contrast=False, flow=0.45, headroom=1.27),
+    "T2": dict(kind="spin echo", TR=4800.0, TE=100.0, contrast=False, flow=0.15, headroom=1.22),
+    "FLAIR": dict(kind="inversion recovery", TR=9000.0, TE=115.0, TI=2500.0, contrast=False, flow=0.15, headroom=1.69),
+    "WB": dict(kind="gradient echo", TR=8.0, TE=3.0, flip=14.0, contrast=True, flow=1.0, headroom=1.58),
+    "BB": dict(kind="spin echo", TR=560.0, TE=14.0, contrast=True, flow=0.04, headroom=1.53),
 }
 
 # Corners of the part of the atlas that is kept, MNI mm: the whole brain across, more levels than a tilted slice needs.

@@ -35,12 +35,14 @@ class DisentangledDecoderOutput(BaseOutput):
     """What `DisentangledAutoencoder.decode` returns.
 
     Args:
-        sample: (B, k, H, W), one image for each of the k styles given, about [0, 1], not clamped.
+        sample: (B, k, H, W), one image for each of the k styles given, about [0, 1], not clamped, without noise.
         mask: (B, H, W) logits of the tumour mask, from the structure alone; `mask > 0` is tumour.
+        foreground: (B, H, W) logits of what is not background, from the structure alone; `foreground > 0` is imaged.
     """
 
     sample: torch.Tensor
     mask: torch.Tensor
+    foreground: torch.Tensor
 
 
 class StyleDistribution(DiagonalGaussianDistribution):
@@ -112,6 +114,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
             over the whole training set at the end of training; None until then.
         style_shift, style_scale: c_t values, likewise.
+        noise_level: n values, the deviation of the scanner's noise in each modality's images, measured like the above.
+            A decoder can only return the mean of what it cannot foresee; `DLDMPipeline` adds the noise that was there.
 
     Raises:
         ValueError: on an unknown `style_type`, a size that does not divide, or empty or duplicate modality names.
@@ -139,6 +143,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         structure_scale: list[float] | None = None,
         style_shift: list[float] | None = None,
         style_scale: list[float] | None = None,
+        noise_level: list[float] | None = None,
     ):
         super().__init__()
         if not modalities or len(set(modalities)) != len(modalities) or not all(isinstance(m, str) for m in modalities):
@@ -181,6 +186,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.Conv2d(d0, patch_channels, 3, padding=1),
         )
+        self.foreground_out = nn.Sequential(nn.GroupNorm(8, d0), nn.SiLU(), nn.Conv2d(d0, patch_channels, 3, padding=1))
 
         # How the mean structure of each modality alone differs from that of all of them, over the training set.
         offset = torch.zeros(n, structure_channels, self.latent_size, self.latent_size)
@@ -188,6 +194,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         for head, channels in ((self.structure_out[-1], structure_channels), (self.style_out[-1], style_channels)):
             # Posteriors start narrow (deviation 0.05), or their noise would drown the first signal.
             nn.init.constant_(head.bias[channels:], -6.0)
+        # All is foreground at first, or nothing would reach the images.
+        nn.init.zeros_(self.foreground_out[-1].weight)
+        nn.init.constant_(self.foreground_out[-1].bias, 3.0)
 
     @property
     def num_modalities(self) -> int:
@@ -276,12 +285,12 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
     def decode(
         self, z_struct: torch.Tensor, z_style: torch.Tensor, return_dict: bool = True
     ) -> DisentangledDecoderOutput | tuple:
-        """Decodes each pair of a subject's structure and one of its k styles, and the tumour mask from the structure alone.
+        """Decodes each pair of a subject's structure and one of its k styles, and from the structure alone the tumour mask.
 
         Args:
             z_struct: (B, c_s, h, w).
             z_style: (B, k, c_t), or (B, k, c_t, h, w) for `style_type="map"`; k may be any number.
-            return_dict: False returns the tuple `(sample, mask)`.
+            return_dict: False returns the tuple `(sample, mask, foreground)`.
 
         Returns:
             [`DisentangledDecoderOutput`]. An image depends on nothing but its own pair.
@@ -306,6 +315,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         for block in self.decoder_fine:
             h = block(h)
         mask = F.pixel_shuffle(self.mask_out(h), self.config.patch_size)[:, 0]
+        foreground = F.pixel_shuffle(self.foreground_out(h), self.config.patch_size)
 
         style = z_style.flatten(0, 1)
         style = self.style_in(style if style.ndim == 4 else style[:, :, None, None])
@@ -315,9 +325,10 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         for block in self.head:
             h = block(h, style)
         sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size).reshape(batch, k, *mask.shape[1:])
+        sample = sample * foreground.sigmoid()
         if not return_dict:
-            return sample, mask
-        return DisentangledDecoderOutput(sample=sample, mask=mask)
+            return sample, mask, foreground[:, 0]
+        return DisentangledDecoderOutput(sample=sample, mask=mask, foreground=foreground[:, 0])
 
     def forward(
         self, images: torch.Tensor, present: torch.Tensor | None = None, return_dict: bool = True

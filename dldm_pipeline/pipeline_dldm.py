@@ -7,6 +7,7 @@ diffusers only: it is also published as remote code.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +137,7 @@ class DLDMPipeline(DiffusionPipeline):
         num_style_inference_steps: int = 10,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
+        noise_scale: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         structure: torch.Tensor | None = None,
         styles: torch.Tensor | None = None,
@@ -165,9 +167,12 @@ class DLDMPipeline(DiffusionPipeline):
             eta (`float`, *optional*, defaults to 0.0):
                 The noise of a DDIM step, from 0 (deterministic) to below 1: at 1 the first step of a schedule with zero
                 terminal SNR is not a number. Ignored by schedulers that do not take it.
+            noise_scale (`float`, *optional*, defaults to 1.0):
+                How much of the scanner's noise the images get, of what the autoencoder measured in the training images
+                (`noise_level` of its config); 0 for images without noise.
             generator (`torch.Generator` or a list of them, *optional*):
-                One, or one a subject. Each subject takes n + 1 integers from its generator (subject after subject, where
-                there is one generator): the seeds of its structure and of its style in each modality.
+                One, or one a subject. Each subject takes 2n + 1 integers from its generator (subject after subject, where
+                there is one generator): the seeds of its structure, of its style in each modality, and of their noise.
             structure (`torch.Tensor`, *optional*):
                 (S or 1, c_s, h, w), anatomies to render instead of new ones, from an output's `structure` or the
                 autoencoder's `encode`.
@@ -217,6 +222,7 @@ class DLDMPipeline(DiffusionPipeline):
             num_style_inference_steps,
             guidance_scale,
             eta,
+            noise_scale,
             generator,
             structure,
             styles,
@@ -260,7 +266,8 @@ class DLDMPipeline(DiffusionPipeline):
         # 3. The images and masks.
         images, masks = None, None
         if output_type != "latent":
-            images, masks = self._decode(structure, styles, wanted)
+            noise_seeds = [[seed[1 + len(known) + m] for m in wanted] for seed in seeds]
+            images, masks = self._decode(structure, styles, wanted, noise_seeds, noise_scale)
             if output_type != "pt":
                 images, masks = images.cpu().numpy(), masks.cpu().numpy()
             if output_type == "pil":
@@ -285,6 +292,7 @@ class DLDMPipeline(DiffusionPipeline):
         num_style_inference_steps: int,
         guidance_scale: float,
         eta: float,
+        noise_scale: float,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         structure: torch.Tensor | None,
         styles: torch.Tensor | None,
@@ -309,6 +317,8 @@ class DLDMPipeline(DiffusionPipeline):
             raise ValueError(f"`guidance_scale` must be at least 1 (no guidance), got {guidance_scale!r}.")
         if not 0 <= eta < 1:
             raise ValueError(f"`eta` must be at least 0 and below 1, such as 0.9, got {eta!r}.")
+        if not 0 <= noise_scale < math.inf:
+            raise ValueError(f"`noise_scale` must be at least 0 (no noise), got {noise_scale!r}.")
         if isinstance(generator, (list, tuple)) and len(generator) != num_subjects:
             raise ValueError(
                 f"`generator` must be one generator or one for each of the {num_subjects} subjects, got {len(generator)}."
@@ -346,9 +356,10 @@ class DLDMPipeline(DiffusionPipeline):
     def _draw_seeds(
         self, num_subjects: int, generator: torch.Generator | Sequence[torch.Generator] | None
     ) -> list[list[int]]:
-        # A stream for the structure and one for each modality, asked for or not: what one draws does not move another.
+        # A stream for the structure and two for each modality (style, noise), asked for or not: what one draws does not
+        # move another.
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * num_subjects
-        count = 1 + len(self.autoencoder.config.modalities)
+        count = 1 + 2 * len(self.autoencoder.config.modalities)
         return [
             torch.randint(2**63 - 1, (count,), generator=g, device="cpu" if g is None else g.device).tolist()
             for g in generators
@@ -437,15 +448,26 @@ class DLDMPipeline(DiffusionPipeline):
         return (structure.unflatten(1, (c_s, grid, grid)) if z_struct is None else z_struct), style
 
     def _decode(
-        self, structure: torch.Tensor, styles: torch.Tensor, wanted: list[int]
+        self,
+        structure: torch.Tensor,
+        styles: torch.Tensor,
+        wanted: list[int],
+        noise_seeds: list[list[int]],
+        noise_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # One subject a call and each style in its modality's own place, so that an image does not depend on the others.
         images, masks = [], []
-        dtype = self.autoencoder.dtype
-        for z_struct, z_style in zip(structure, styles, strict=True):
-            places = z_style.new_zeros(len(self.autoencoder.config.modalities), *z_style.shape[1:])
+        dtype, config = self.autoencoder.dtype, self.autoencoder.config
+        for z_struct, z_style, seeds in zip(structure, styles, noise_seeds, strict=True):
+            places = z_style.new_zeros(len(config.modalities), *z_style.shape[1:])
             places[wanted] = z_style
             decoded = self.autoencoder.decode(z_struct[None].clone().to(dtype), places[None].to(dtype))
-            images.append(decoded.sample[0, wanted].float().clamp(0, 1))
-            masks.append(decoded.mask[0] > 0)
+            image, foreground = decoded.sample[0, wanted].float(), decoded.foreground[0] > 0
+            if noise_scale and config.noise_level is not None:
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                noise = randn_tensor((len(seeds), *image.shape[1:]), generators, image.device, torch.float32)
+                level = noise_scale * torch.tensor([config.noise_level[m] for m in wanted], device=image.device)
+                image = image + level[:, None, None] * noise
+            images.append(torch.where(foreground, image, 0).clamp(0, 1))
+            masks.append((decoded.mask[0] > 0) & foreground)
         return torch.stack(images), torch.stack(masks)

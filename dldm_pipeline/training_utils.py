@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast, set_seed
@@ -521,6 +522,22 @@ def radial_power(images: torch.Tensor) -> torch.Tensor:
 def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Differences between neighbours of images (..., H, W): down (..., H - 1, W) and across (..., H, W - 1)."""
     return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
+
+
+def noise_deviation(images: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
+    """Deviation of the noise in images (..., H, W), shape (...): that of a filter that answers to little else.
+
+    Immerkær, Computer Vision and Image Understanding 64 (1996) 300, eq. 3, with the median in place of the mean, which
+    edges do not move. On simulated subjects it reads 8 to 20 % too much.
+
+    Args:
+        images: in [0, 1].
+        foreground: bool, broadcasts with `images`; elsewhere there is no noise. NaN where it is empty.
+    """
+    taps = images.new_tensor([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
+    answer = F.conv2d(images.flatten(0, -3)[:, None], taps[None, None], padding=1).reshape(images.shape)
+    inside = torch.where(foreground, answer.abs(), torch.nan).flatten(-2)
+    return inside.nanmedian(dim=-1).values / 0.6745
 
 
 # ---------------------------------------------------------------------------------------------------------------------

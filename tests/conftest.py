@@ -27,6 +27,7 @@ def make_autoencoder(
         structure_scale=[1.5, 0.7, 1.1, 1.3],
         style_shift=[0.2, 0.0, -0.1],
         style_scale=[0.9, 1.2, 1.4],
+        noise_level=[0.02, 0.03, 0.05],
     ).eval()
     for parameter in autoencoder.parameters():  # residual blocks start at zero, and a test should see them work
         torch.nn.init.normal_(parameter, std=0.3)

@@ -30,8 +30,9 @@ def test_shapes(style_type):
     output = model.decode(posterior.structure_dist.mode(), posterior.style_dist.mode()[:, :2])
     assert output.sample.shape == (2, 2, 32, 32)
     assert output.mask.shape == (2, 32, 32)
-    sample, mask = model(images, return_dict=False)
-    assert sample.shape == (2, 3, 32, 32) and torch.isfinite(sample).all() and torch.isfinite(mask).all()
+    sample, mask, foreground = model(images, return_dict=False)
+    assert sample.shape == (2, 3, 32, 32) and mask.shape == foreground.shape == (2, 32, 32)
+    assert all(torch.isfinite(tensor).all() for tensor in (sample, mask, foreground))
 
 
 @torch.no_grad()
@@ -67,6 +68,17 @@ def test_an_image_depends_on_its_own_pair_only(style_type):
     assert not torch.allclose(together.sample[:, 0], model.decode(structure, styles + 1).sample[:, 0])
     assert not torch.allclose(together.sample, model.decode(structure + 1, styles).sample)
     assert torch.equal(together.mask, model.decode(structure, styles + 1).mask)
+
+
+@torch.no_grad()
+def test_background_is_dark_in_every_image_of_a_subject():
+    model = build()
+    output = model(torch.rand(2, 3, 32, 32))
+    shifted = model.foreground_out[-1].bias.data.sub_(100)
+    assert (shifted < -90).all()
+    dark = model(torch.rand(2, 3, 32, 32))
+    assert output.sample.abs().max() > 0.1 and dark.sample.abs().max() < 1e-6
+    assert (dark.foreground < 0).all()
 
 
 def test_normalisation_is_inverted_and_saved(tmp_path):

@@ -136,11 +136,28 @@ def test_fixed_styles_give_one_appearance_over_many_anatomies(pipe):
 
 
 def test_both_latents_fixed_only_decodes(pipe, tiny_autoencoder):
-    source = call(pipe, 2)
-    output = call(pipe, 2, structure=source.structure, styles=source.styles, generator=seeded(8))
+    source = call(pipe, 2, noise_scale=0)
+    output = call(pipe, 2, structure=source.structure, styles=source.styles, generator=seeded(8), noise_scale=0)
     assert np.array_equal(output.images, source.images)
-    decoded = pipe.autoencoder.decode(source.structure, source.styles)
-    np.testing.assert_allclose(output.images, decoded.sample.clamp(0, 1).detach().numpy(), atol=1e-5)
+    with torch.no_grad():
+        decoded = pipe.autoencoder.decode(source.structure, source.styles)
+    foreground = decoded.foreground > 0
+    expected = (decoded.sample * foreground[:, None]).clamp(0, 1)
+    np.testing.assert_allclose(output.images, expected.numpy(), atol=1e-5)
+    assert np.array_equal(output.masks, ((decoded.mask > 0) & foreground).numpy())
+
+
+def test_the_noise_is_the_training_images(tiny_pipeline):
+    clean, noisy, twice = (call(tiny_pipeline, 8, noise_scale=scale).images for scale in (0, 1, 2))
+    inside = (clean > 0.2) & (clean < 0.8)  # where nothing is cut off
+    for m, level in enumerate(tiny_pipeline.autoencoder.config.noise_level):
+        noise, double = ((images - clean)[:, m][inside[:, m]] for images in (noisy, twice))
+        assert noise.size > 200
+        np.testing.assert_allclose([noise.std(), double.std()], [level, 2 * level], rtol=0.2)
+    with torch.no_grad():
+        foreground = tiny_pipeline.autoencoder.decode(*call(tiny_pipeline, 8)[2:4]).foreground > 0
+    outside = ~foreground.numpy()[:, None].repeat(3, axis=1)
+    assert outside.any() and (noisy[outside] == 0).all()
 
 
 def test_save_load_gives_the_same_images(tiny_pipeline, tmp_path):
@@ -264,6 +281,7 @@ def test_callback_sees_every_step_and_can_replace_latents(pipe):
         ({"modalities": ["T1", "T1"]}, "twice"),
         ({"guidance_scale": 0.5}, "guidance_scale"),
         ({"eta": 1.0}, "eta"),
+        ({"noise_scale": -1.0}, "noise_scale"),
         ({"generator": [torch.Generator()] * 3}, "generator.*2 subjects.*3"),
         ({"structure": torch.zeros(3, 4, 4, 4)}, r"structure.*\(2, 4, 4, 4\).*\(3, 4, 4, 4\)"),
         ({"structure": np.zeros((2, 4, 4, 4))}, "structure.*ndarray"),

@@ -22,6 +22,7 @@ from dldm_pipeline.training_utils import (
     make_accelerator,
     make_ema,
     make_output_dir,
+    noise_deviation,
     parse_args,
     phantom_dataset,
     push_folder,
@@ -300,6 +301,22 @@ def test_averaged_weights_are_in_place_inside_the_block_only():
     assert torch.equal(model.weight, own)
     with averaged_weights(model, None):
         assert torch.equal(model.weight, own)
+
+
+# Terms of losses
+
+
+@pytest.mark.parametrize("deviation", [0.01, 0.05])
+def test_noise_is_told_from_edges_and_shading(deviation):
+    torch.manual_seed(0)
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 64)] * 2, indexing="ij")
+    disc = torch.hypot(y, x) < 0.8
+    clean = disc * (0.4 + 0.2 * x + 0.2 * (y > 0.2))
+    noisy = clean + deviation * torch.randn(3, 2, 64, 64) * disc
+    assert noise_deviation(noisy, disc).shape == (3, 2)
+    assert abs(noise_deviation(noisy, disc).mean() / deviation - 1) < 0.15
+    assert noise_deviation(clean, disc) < 1e-3
+    assert noise_deviation(noisy, torch.zeros_like(disc)).isnan().all()
 
 
 # Results

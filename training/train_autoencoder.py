@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -33,6 +34,7 @@ from dldm_pipeline.training_utils import (
     log_image,
     make_accelerator,
     make_ema,
+    noise_deviation,
     parse_args,
     push_folder,
     radial_power,
@@ -65,7 +67,7 @@ def build_parser() -> TrainingParser:
     model.add_argument(
         "--init_from",
         help="autoencoder or pipeline folder to start from, of whatever modalities and size; of the arguments above only "
-        "--decoder_blocks counts then: further blocks start as the identity",
+        "--encoder_blocks and --decoder_blocks count then: further blocks start as the identity",
     )
     model.add_argument(
         "--freeze_encoder",
@@ -90,6 +92,7 @@ def build_parser() -> TrainingParser:
     loss.add_argument("--edge_weight", type=float, default=0.5, help="weight of the gradient term")
     loss.add_argument("--spectrum_weight", type=float, default=0.05, help="weight of the power spectrum's log ratio")
     loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
+    loss.add_argument("--foreground_weight", type=float, default=0.1, help="weight of cross-entropy of the foreground")
     loss.add_argument("--agreement_weight", type=float, default=0.3, help="weight of subset structure against full")
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser
@@ -104,6 +107,11 @@ def draw_subset(present: torch.Tensor) -> torch.Tensor:
     size = 1 + (torch.rand(len(present), device=present.device) * largest).long()
     order = torch.rand(present.shape, device=present.device).masked_fill(~present, 2.0).argsort(dim=1)
     return (order.argsort(dim=1) < size[:, None]) & present
+
+
+def foreground_of(images: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """What is not background in at least one of the modalities present: (B, n, H, W) and (B, n) to bool (B, H, W)."""
+    return ((images > 0) & present[:, :, None, None]).any(dim=1)
 
 
 def draw_style_donors(present: torch.Tensor, probability: float) -> torch.Tensor:
@@ -174,6 +182,7 @@ class DisentangledLoss(torch.nn.Module):
         images, present, args = batch["images"], batch["present"], self.args
         batch_size, n = present.shape
         device = images.device
+        foreground = foreground_of(images, present)
 
         # Two appearances of each anatomy: the donor's intensity curve belongs to the style, so the target follows it.
         gamma = (args.curve_deviation * torch.randn(batch_size, n, 1, 1, device=device)).exp()
@@ -209,7 +218,10 @@ class DisentangledLoss(torch.nn.Module):
         # Durall et al. (CVPR 2020): what a squared error leaves out shows as missing power in the outer rings.
         spectrum = torch.zeros((), device=device)
         if args.spectrum_weight:
-            ratio = (radial_power(output.sample) + 1e-4).log() - (radial_power(targets) + 1e-4).log()
+            # Noise is no business of the decoder's: what is compared has as much of it as the target.
+            noise = noise_deviation(targets, foreground[:, None]).nan_to_num()[..., None, None] * foreground[:, None]
+            noisy = output.sample + noise * torch.randn_like(targets)
+            ratio = (radial_power(noisy) + 1e-4).log() - (radial_power(targets) + 1e-4).log()
             spectrum = (weight[..., 0] * ratio.abs()).mean()
         return {
             "l1": (weight * (output.sample - targets).abs()).mean(),
@@ -219,6 +231,7 @@ class DisentangledLoss(torch.nn.Module):
             ),
             "spectrum": spectrum,
             "mask": 10 * cross_entropy + (1 - dice).mean(),
+            "foreground": F.binary_cross_entropy_with_logits(output.foreground, foreground.float()),
             "agreement": ((subset_mode - mode) ** 2 / spread).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()
             + full.style_dist.kl().mean() / styles[0, 0].numel(),
@@ -247,6 +260,18 @@ def validate(model: DisentangledAutoencoder, loader: DataLoader, path: Path) -> 
     contact_sheet(rows.numpy(), masks.numpy(), list(model.config.modalities), names, path)
     figures = {f"PSNR {name} (dB)": float(v) for name, v in zip(model.config.modalities, psnr, strict=True)}
     return {"PSNR (dB)": float(psnr.mean()), **figures}
+
+
+@torch.no_grad()
+def measure_noise(model: DisentangledAutoencoder, loader: DataLoader) -> None:
+    """Measure the mean deviation of each modality's noise over the training set and keep it in the model's config."""
+    total, counts = torch.zeros(model.num_modalities), torch.zeros(model.num_modalities)
+    for batch in tqdm(loader, desc="measuring noise", unit="batch"):
+        images, present = batch["images"], batch["present"]
+        deviation = noise_deviation(images, foreground_of(images, present)[:, None])
+        total += torch.where(present, deviation.nan_to_num(), 0).sum(dim=0).cpu()
+        counts += present.sum(dim=0).cpu()
+    model.register_to_config(noise_level=(total / counts.clamp(min=1)).tolist())
 
 
 @torch.no_grad()
@@ -292,17 +317,18 @@ def load_autoencoder(args: argparse.Namespace, dataset: SliceDataset) -> Disenta
         folder = folder / "autoencoder"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--init_from {args.init_from}: no autoencoder there (no config.json)")
-    source = DisentangledAutoencoder.from_pretrained(folder)
-    known, names = list(source.config.modalities), list(dataset.modalities)
-    blocks = max(args.decoder_blocks, source.config.decoder_blocks)
-    weights, changes = source.state_dict(), {"decoder_blocks": blocks}
-    same_data = (known, source.config.sample_size) == (names, args.resolution)
+    config = DisentangledAutoencoder.load_config(folder)
+    # Not `from_pretrained`, which cannot fill a layer that an older autoencoder was saved without.
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    known, names = list(config["modalities"]), list(dataset.modalities)
+    changes = {name: max(getattr(args, name), config[name]) for name in ("encoder_blocks", "decoder_blocks")}
+    same_data = (known, config["sample_size"]) == (names, args.resolution)
     if not same_data:
         scales = {f"{kind}_{name}": None for kind in ("structure", "style") for name in ("shift", "scale")}
-        changes |= {"modalities": names, "sample_size": args.resolution, **scales}
+        changes |= {"modalities": names, "sample_size": args.resolution, "noise_level": None, **scales}
         weights["modality_embedding.weight"] = transfer_rows(weights["modality_embedding.weight"], known, names)
         del weights["structure_offset"]
-    model = DisentangledAutoencoder.from_config(source.config, **changes)
+    model = DisentangledAutoencoder.from_config(config, **changes)
     model.load_state_dict(model.state_dict() | weights)
     return model
 
@@ -366,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     validation_loader = DataLoader(validation_subset, 16)
     if args.freeze_encoder:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(("decoder", "style_in", "head", "mask")))
+            parameter.requires_grad_(name.startswith(("decoder", "style_in", "head", "mask", "foreground")))
     denoiser = load_denoiser(args, model)
     objective, *optimizers, loader, validation_loader = accelerator.prepare(
         DisentangledLoss(model, args, denoiser),
@@ -389,6 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         "edge": args.edge_weight,
         "spectrum": args.spectrum_weight,
         "mask": args.mask_weight,
+        "foreground": args.foreground_weight,
         "agreement": args.agreement_weight,
         "kl": args.kl_weight,
     }
@@ -436,6 +463,7 @@ def main(argv: list[str] | None = None) -> None:
             ema.copy_to(model.parameters())
         if not args.freeze_encoder or model.config.structure_scale is None:
             measure_latents(model, DataLoader(train_set, 16))
+        measure_noise(model, DataLoader(train_set, 16))
         figures = validate(model, validation_loader, output_dir / "samples.png")
         trained = model if denoiser is None else DLDMPipeline(model, denoiser.unet, denoiser.scheduler)
         write_pretrained(trained.save_pretrained, output_dir)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 
 from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.slices import write_slices
@@ -52,6 +53,7 @@ def test_a_run_writes_an_autoencoder_with_its_scales_and_pictures(data, tmp_path
     assert list(model.config.modalities) == list(MODALITIES)
     assert len(model.config.structure_scale) == 4 and min(model.config.structure_scale) > 0
     assert len(model.config.style_shift) == 2
+    assert len(model.config.noise_level) == 3 and all(0 <= level < 0.2 for level in model.config.noise_level)
     assert model.structure_offset.abs().max() > 0
     for name in ("samples.png", "README.md", "validation/step-000003.png", "checkpoint-6/training_state.json"):
         assert (tmp_path / name).stat().st_size > 0
@@ -135,7 +137,7 @@ def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(data, tmp_p
     train_autoencoder.main(words(data, tmp_path / "second", f"--init_from={tmp_path / 'first'}", *more))
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     changed = {key.split(".")[0].split("_")[0] for key in first if not torch.equal(first[key], second[key])}
-    assert changed == {"decoder", "style", "head", "mask"}
+    assert changed == {"decoder", "style", "head", "mask", "foreground"}
     assert torch.equal(first["style_out.0.weight"], second["style_out.0.weight"])
     a, b = (DisentangledAutoencoder.from_pretrained(tmp_path / name).config for name in ("first", "second"))
     assert a.structure_scale == b.structure_scale
@@ -219,6 +221,25 @@ def test_an_autoencoder_can_start_from_one_of_other_modalities_and_size(data, tm
     expected = torch.stack([old.mean(dim=0), old.mean(dim=0), old[0]])
     torch.testing.assert_close(model.modality_embedding.weight, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(model.decoder_in.weight, source.decoder_in.weight, rtol=0, atol=1e-6)
+
+
+def test_foreground_is_what_any_present_modality_shows():
+    images = torch.zeros(1, 2, 4, 4)
+    images[0, 0, :2], images[0, 1, :, :2] = 0.5, 0.1
+    both = train_autoencoder.foreground_of(images, torch.tensor([[True, True]]))
+    first = train_autoencoder.foreground_of(images, torch.tensor([[True, False]]))
+    assert both.sum() == 12 and torch.equal(first[0], images[0, 0] > 0)
+
+
+def test_an_older_autoencoder_without_a_layer_can_be_started_from(data, tmp_path):
+    train_autoencoder.main(words(data, tmp_path / "first", "--checkpointing_steps=0"))
+    file = tmp_path / "first" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if not key.startswith("foreground")}, file)
+    more = ["--encoder_blocks=2", "--checkpointing_steps=0"]
+    train_autoencoder.main(words(data, tmp_path / "second", f"--init_from={tmp_path / 'first'}", *more))
+    model = DisentangledAutoencoder.from_pretrained(tmp_path / "second")
+    assert model.config.encoder_blocks == 2
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 def test_radial_power_knows_a_wave_and_a_blur():

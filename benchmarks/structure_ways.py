@@ -38,10 +38,9 @@ PHANTOM_SEED = 977_001  # the simulated subjects of examples/evaluate.py, which 
 
 
 def draw_seeds(pipeline: DLDMPipeline, num_subjects: int, seed: int) -> torch.Tensor:
-    """(S, n + 1) integers: what the pipeline draws from a generator of this seed, so that all ways share their noise."""
-    count = 1 + len(pipeline.autoencoder.config.modalities)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randint(2**63 - 1, (count,), generator=generator) for _ in range(num_subjects)])
+    """(S, n + 1) integers, of structure and styles: those the pipeline draws, so that all ways share their noise."""
+    seeds = pipeline._draw_seeds(num_subjects, torch.Generator().manual_seed(seed))
+    return torch.tensor(seeds)[:, : 1 + len(pipeline.autoencoder.config.modalities)]
 
 
 def draw_pairs(
@@ -147,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     for way in args.ways:
         started = time.perf_counter()
         structure, styles = WAYS[way](pipeline, args.num_subjects, args.seed, args.num_inference_steps)
-        output = pipeline(args.num_subjects, structure=structure, styles=styles, output_type="np")
+        generator = torch.Generator().manual_seed(args.seed)
+        output = pipeline(args.num_subjects, structure=structure, styles=styles, generator=generator, output_type="np")
         seconds = (time.perf_counter() - started) / args.num_subjects
         result = evaluate_alignment(output.images, output.masks, names, reference=real)
         off = compare_spectra(spectrum, radial_power_spectrum(output.images), names)["largest_deviation_worst"]

@@ -13,6 +13,7 @@ from dldm_pipeline.autoencoder_disentangled import (
 )
 from dldm_pipeline.modalities import DEFAULT_MODALITIES, MASK
 from dldm_pipeline.pipeline_dldm import DLDMPipeline, DLDMPipelineOutput
+from dldm_pipeline.pipeline_dldm_translation import DLDMTranslationPipeline
 
 __version__ = "0.1.0.dev0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "MASK",
     "DLDMPipeline",
     "DLDMPipelineOutput",
+    "DLDMTranslationPipeline",
     "DisentangledAutoencoder",
     "DisentangledDecoderOutput",
     "DisentangledEncoderOutput",

@@ -5,6 +5,7 @@ n + 1 latents, pair decoding, style mixing and averaged loss). Encoding any subs
 from the structure are ours. This file imports torch and diffusers only: it is also published as remote code.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 
@@ -146,7 +148,12 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         noise_level: list[float] | None = None,
     ):
         super().__init__()
-        if not modalities or len(set(modalities)) != len(modalities) or not all(isinstance(m, str) for m in modalities):
+        if (
+            not isinstance(modalities, (list, tuple))
+            or not modalities
+            or not all(isinstance(name, str) and name.strip() for name in modalities)
+            or len(set(modalities)) < len(modalities)
+        ):
             raise ValueError(f"`modalities` must be a non-empty list of different names, got {modalities!r}.")
         if style_type not in ("vector", "map"):
             raise ValueError(f"`style_type` must be 'vector' or 'map', got {style_type!r}.")
@@ -198,6 +205,11 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.foreground_out[-1].weight)
         nn.init.constant_(self.foreground_out[-1].bias, 3.0)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DisentangledAutoencoder":
+        """Loads from a folder or the Hub as [`ModelMixin.from_pretrained`] does, from safetensors only: never a pickle."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
     @property
     def num_modalities(self) -> int:
         return len(self.config.modalities)
@@ -207,6 +219,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         """Height and width of the latent grid."""
         return self.config.sample_size // (2 * self.config.patch_size)
 
+    @apply_forward_hook
     def encode(
         self, images: torch.Tensor, present: torch.Tensor | None = None, return_dict: bool = True
     ) -> DisentangledEncoderOutput | tuple:
@@ -282,6 +295,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         mean = torch.einsum("bm,mchw->bchw", share, self.structure_offset) / k
         return mean - self.structure_offset.mean(dim=0) * (1 - 1 / k) * n / (n - 1)
 
+    @apply_forward_hook
     def decode(
         self, z_struct: torch.Tensor, z_style: torch.Tensor, return_dict: bool = True
     ) -> DisentangledDecoderOutput | tuple:

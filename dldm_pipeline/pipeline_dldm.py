@@ -7,9 +7,13 @@ diffusers only: it is also published as remote code.
 """
 
 import inspect
+import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# The modules that a saved pipeline carries with it.
+PIPELINE_MODULES = {"DLDMPipeline": "pipeline_dldm", "DLDMTranslationPipeline": "pipeline_dldm_translation"}
+AUTOENCODER_MODULE = "autoencoder_disentangled"
 
 
 @dataclass
@@ -115,6 +123,23 @@ class DLDMPipeline(DiffusionPipeline):
                     tensor.data = tensor.data.clone()
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DLDMPipeline":
+        """Loads a pipeline from a folder or from the Hub, with the classes of this package: no code of the repository is run.
+
+        Without this package installed, type `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)`, with
+        `custom_pipeline=repo` or without it; diffusers then runs the modules that `save_pretrained` puts beside the weights.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository such as "owner/name".
+            kwargs: as in [`DiffusionPipeline.from_pretrained`]; weights are read from safetensors only.
+
+        Raises:
+            ValueError: if there are no safetensors but, say, a pickle, if the list of modalities is malformed, or if there
+                are classes of unknown modules, which only `trust_remote_code=True` runs.
+        """
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
         """Downloads a pipeline from the Hub into the cache and returns its folder.
 
@@ -127,6 +152,54 @@ class DLDMPipeline(DiffusionPipeline):
         known = ("revision", "cache_dir", "token", "force_download", "local_files_only")
         options = {name: kwargs[name] for name in known if kwargs.get(name) is not None}
         return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors", "*.py"], **options)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> dict[str, Any] | tuple:
+        """Reads `model_index.json`, with this package's classes in place of the modules beside the weights.
+
+        Raises:
+            ValueError: on a folder that `from_pretrained` refuses.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if index.get("_class_name") in [[module, name] for name, module in PIPELINE_MODULES.items()]:
+            index["_class_name"] = cls.__name__
+        if index.get("autoencoder", [None])[0] == AUTOENCODER_MODULE:
+            index["autoencoder"][0] = f"{__package__}.{AUTOENCODER_MODULE}"
+
+        folder = Path(pretrained_model_name_or_path)
+        for name in ("autoencoder", "unet"):
+            if (folder / name).is_dir() and not any((folder / name).glob("*.safetensors")):
+                raise ValueError(
+                    f"{folder / name} has no .safetensors weights. Pickle files (.bin, .pt, .ckpt) are not loaded, as "
+                    "reading one can run code; save the model again with `safe_serialization=True`."
+                )
+        config = folder / "autoencoder" / "config.json"
+        if config.is_file():
+            names = super().load_config(config).get("modalities")
+            is_names = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
+            if not is_names or not names or len(set(names)) < len(names):
+                raise ValueError(f"{config}: `modalities` must be a list of different, non-empty names, got {names!r}.")
+        return loaded
+
+    def save_config(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Writes `model_index.json` and the modules beside the weights; `save_pretrained` calls it, `push_to_hub` too."""
+        super().save_config(save_directory, **kwargs)
+        add_modules(save_directory)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DLDMPipeline":
+        """Makes a pipeline of this class from the components of another, without a copy of them.
+
+        diffusers' own `from_pipe` takes a component only if it is exactly of the annotated class, which as remote code has
+        no fixed module; components that are passed, it takes.
+
+        Args:
+            pipeline: a [`DLDMPipeline`] or [`DLDMTranslationPipeline`].
+            kwargs: components to use in place of the other pipeline's, and `dtype`, by default `torch.float32`: as the two
+                share them, the other pipeline's components get it, too.
+        """
+        return super().from_pipe(pipeline, **{**pipeline.components, **kwargs})
 
     @torch.no_grad()
     def __call__(
@@ -249,33 +322,15 @@ class DLDMPipeline(DiffusionPipeline):
             steps_done = len(self.scheduler.timesteps)
         structure = structure.to(device, torch.float32).expand(num_subjects, -1, -1, -1)
 
-        # 2. The style of each modality given the clean structure: S * M rows, subject by subject.
+        # 2. The style of each modality given the clean structure.
         if styles is None:
-            _, z_style = self._denoise(
-                [len(known) + 1 + m for _ in range(num_subjects) for m in wanted],
-                2 * len(known) + 1,
-                [seed[1 + m] for seed in seeds for m in wanted],
-                num_style_inference_steps,
-                z_struct=self.autoencoder.normalize_structure(structure).repeat_interleave(len(wanted), dim=0),
-                first_step=steps_done,
-                **options,
+            styles = self._draw_styles(
+                structure, wanted, seeds, num_style_inference_steps, first_step=steps_done, **options
             )
-            styles = self.autoencoder.denormalize_style(z_style.unflatten(0, (num_subjects, len(wanted))))
         styles = styles.to(device, torch.float32).expand(num_subjects, *styles.shape[1:])
 
         # 3. The images and masks.
-        images, masks = None, None
-        if output_type != "latent":
-            noise_seeds = [[seed[1 + len(known) + m] for m in wanted] for seed in seeds]
-            images, masks = self._decode(structure, styles, wanted, noise_seeds, noise_scale)
-            if output_type != "pt":
-                images, masks = images.cpu().numpy(), masks.cpu().numpy()
-            if output_type == "pil":
-                images = [
-                    [PIL.Image.fromarray(image) for image in subject]
-                    for subject in (images * 255).round().astype(np.uint8)
-                ]
-                masks = [PIL.Image.fromarray(mask) for mask in masks.astype(np.uint8) * 255]
+        images, masks = self._render(structure, styles, wanted, seeds, noise_scale, output_type)
 
         # Offload all models
         self.maybe_free_model_hooks()
@@ -365,6 +420,22 @@ class DLDMPipeline(DiffusionPipeline):
             for g in generators
         ]
 
+    def _draw_styles(
+        self, structure: torch.Tensor, wanted: list[int], seeds: list[list[int]], num_inference_steps: int, **options
+    ) -> torch.Tensor:
+        """Draws the styles (S, M, ...) of the modalities `wanted` given a structure (S, c_s, h, w), both in the
+        autoencoder's own scale; `options` go to `_denoise`, which gets S * M rows, subject by subject."""
+        n = len(self.autoencoder.config.modalities)
+        _, z_style = self._denoise(
+            [n + 1 + m for _ in seeds for m in wanted],
+            2 * n + 1,
+            [seed[1 + m] for seed in seeds for m in wanted],
+            num_inference_steps,
+            z_struct=self.autoencoder.normalize_structure(structure).repeat_interleave(len(wanted), dim=0),
+            **options,
+        )
+        return self.autoencoder.denormalize_style(z_style.unflatten(0, (len(seeds), len(wanted))))
+
     def _denoise(
         self,
         labels: list[int],
@@ -447,6 +518,31 @@ class DLDMPipeline(DiffusionPipeline):
         structure, style = state[:, :structure_size], state[:, structure_size:].unflatten(1, style_shape)
         return (structure.unflatten(1, (c_s, grid, grid)) if z_struct is None else z_struct), style
 
+    def _render(
+        self,
+        structure: torch.Tensor,
+        styles: torch.Tensor,
+        wanted: list[int],
+        seeds: list[list[int]],
+        noise_scale: float,
+        output_type: str,
+    ) -> tuple:
+        """The images and masks of a `DLDMPipelineOutput`."""
+        if output_type == "latent":
+            return None, None
+        noise_seeds = [[seed[1 + len(self.autoencoder.config.modalities) + m] for m in wanted] for seed in seeds]
+        images, masks = self._decode(structure, styles, wanted, noise_seeds, noise_scale)
+        if output_type == "pt":
+            return images, masks
+        images, masks = images.cpu().numpy(), masks.cpu().numpy()
+        if output_type == "np":
+            return images, masks
+        grey = (images * 255).round().astype(np.uint8)
+        return (
+            [[PIL.Image.fromarray(image) for image in subject] for subject in grey],
+            [PIL.Image.fromarray(mask) for mask in masks.astype(np.uint8) * 255],
+        )
+
     def _decode(
         self,
         structure: torch.Tensor,
@@ -471,3 +567,35 @@ class DLDMPipeline(DiffusionPipeline):
             images.append(torch.where(foreground, image, 0).clamp(0, 1))
             masks.append((decoded.mask[0] > 0) & foreground)
         return torch.stack(images), torch.stack(masks)
+
+
+def add_modules(folder: str | os.PathLike) -> None:
+    """Makes a saved pipeline load where this package is not installed; where it is, it loads as before.
+
+    `pipeline_dldm.py`, `pipeline_dldm_translation.py` and `autoencoder/autoencoder_disentangled.py` are put beside the
+    weights and named in `model_index.json`, and a `pipeline.py` for diffusers' argument `custom_pipeline`.
+
+    Args:
+        folder: written by `DLDMPipeline.save_pretrained`. One whose classes are not this package's is left as it is.
+    """
+    folder, modules = Path(folder), Path(__file__).parent
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][1]
+    source = modules / f"{AUTOENCODER_MODULE}.py"
+    is_ours = name in PIPELINE_MODULES and index["autoencoder"][0].split(".")[-1] == AUTOENCODER_MODULE
+    if not is_ours or not source.is_file():
+        return
+
+    (folder / "autoencoder").mkdir(exist_ok=True)
+    shutil.copyfile(source, folder / "autoencoder" / source.name)
+    for module in PIPELINE_MODULES.values():
+        if (modules / f"{module}.py").is_file():
+            shutil.copyfile(modules / f"{module}.py", folder / f"{module}.py")
+    (folder / "pipeline.py").write_text("from .pipeline_dldm import DLDMPipeline  # noqa: F401\n", encoding="utf-8")
+    index["_class_name"] = [PIPELINE_MODULES[name], name]
+    index["autoencoder"][0] = AUTOENCODER_MODULE
+    index.pop("_name_or_path", None)  # the place it was loaded from, nobody's business
+    temporary = index_file.with_name(".model_index.json.tmp")
+    temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(index_file)

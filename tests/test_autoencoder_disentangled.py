@@ -104,6 +104,8 @@ def test_normalisation_is_inverted_and_saved(tmp_path):
     [
         ({"sample_size": 100}, "does not divide"),
         ({"modalities": []}, "non-empty"),
+        ({"modalities": ["T1", ""]}, "non-empty"),
+        ({"modalities": "T12"}, "non-empty"),
         ({"modalities": ["T1", "T1"]}, "different names"),
         ({"style_type": "tensor"}, "'vector' or 'map'"),
     ],

@@ -31,6 +31,10 @@ from dldm_pipeline.data.slices import new_folder
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
 NOTICE = "Synthetic image drawn by a generative model. It shows no patient. Not for diagnosis."
+TRANSLATION_NOTICE = (
+    "Synthetic image drawn by a generative model from other images of the subject. It was never acquired. "
+    "Not for diagnosis."
+)
 FIELD_OF_VIEW = 195.0
 """Side of an image in mm where no pixel spacing is given: the mean of the simulated subjects, whose brains fill the image."""
 SHEET_SUBJECTS = 16
@@ -45,6 +49,7 @@ def export_subjects(
     checkpoint: str | os.PathLike | None = None,
     pixel_spacing: tuple[float, float] | None = None,
     overwrite: bool = False,
+    notice: str = NOTICE,
 ) -> Path:
     """Write the subjects of a pipeline's output, a contact sheet and a manifest.
 
@@ -63,6 +68,7 @@ def export_subjects(
             image were 195 mm wide: a generated subject has no true size.
         overwrite (`bool`, *optional*, defaults to `False`): Replace the export that is in `folder`; other files are
             never replaced.
+        notice (`str`, *optional*): What every file says of itself; `TRANSLATION_NOTICE` for what shows a real anatomy.
 
     Returns:
         `Path`: The folder.
@@ -87,7 +93,7 @@ def export_subjects(
     check_export_folder(folder, overwrite)
     manifest = {
         "synthetic": True,
-        "notice": NOTICE,
+        "notice": notice,
         "num_subjects": len(images),
         "modalities": list(output.modalities),
         "image_size": [height, width],
@@ -111,9 +117,9 @@ def export_subjects(
             files = {}
             grey = np.rint(np.clip(subject, 0, 1) * 65535).astype(np.uint16)
             for modality, stem, image in zip(output.modalities, stems, grey, strict=True):
-                files[modality] = _write_image(temporary, f"{name}/{name}_{stem}", image, image, spacing)
+                files[modality] = _write_image(temporary, f"{name}/{name}_{stem}", image, image, spacing, notice)
             label = (mask > 0).astype(np.uint8)
-            files["mask"] = _write_image(temporary, f"{name}/{name}_seg", label, label * 255, spacing)
+            files["mask"] = _write_image(temporary, f"{name}/{name}_seg", label, label * 255, spacing, notice)
             manifest["subjects"].append({"name": name, "files": files, "tumour_pixels": int(label.sum())})
         names = [subject["name"] for subject in manifest["subjects"][:SHEET_SUBJECTS]]
         shown = slice(0, SHEET_SUBJECTS)
@@ -192,11 +198,11 @@ def package_versions() -> dict[str, str]:
 
 
 def _write_image(
-    root: Path, stem: str, voxels: np.ndarray, pixels: np.ndarray, spacing: tuple[float, float]
+    root: Path, stem: str, voxels: np.ndarray, pixels: np.ndarray, spacing: tuple[float, float], notice: str
 ) -> dict[str, str]:
     text = PngInfo()
     text.add_text("Synthetic", "true")
-    text.add_text("Description", NOTICE)
+    text.add_text("Description", notice)
     Image.fromarray(pixels).save(root / f"{stem}.png", pnginfo=text)
 
     # NIfTI's axes point right, anterior and superior; the image's rows run to posterior and its columns to the left.
@@ -206,7 +212,7 @@ def _write_image(
     nifti = nib.Nifti1Image(volume, affine)
     nifti.header.set_xyzt_units("mm")
     nifti.header["descrip"] = b"SYNTHETIC image (dldm_pipeline). Not for diagnosis."
-    comment = json.dumps({"synthetic": True, "notice": NOTICE})
+    comment = json.dumps({"synthetic": True, "notice": notice})
     nifti.header.extensions.append(nib.nifti1.Nifti1Extension("comment", comment.encode()))
     nib.save(nifti, root / f"{stem}.nii.gz")
     return {"nifti": f"{stem}.nii.gz", "png": f"{stem}.png"}

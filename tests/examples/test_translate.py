@@ -1,0 +1,154 @@
+"""examples/translate.py as a user runs it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dldm_pipeline import DLDMTranslationPipeline
+from dldm_pipeline.data.volumes import find_scans, read_scan
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "translate.py"
+FEW = ["--num_inference_steps", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def translate(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # where a script finds its neighbours
+    spec = importlib.util.spec_from_file_location("translate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def words(tiny_pipeline, tmp_path) -> list[str]:
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    return ["--pipeline", str(tmp_path / "pipeline"), "--output", str(tmp_path / "out"), *FEW]
+
+
+def make_subject(folder: Path, names=("t1", "wb"), mask=True) -> Path:
+    """A small brain, brighter at the front, with a tumour in four of its sixteen slices."""
+    folder.mkdir(parents=True)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, size) for size in (40, 48, 16)), indexing="ij")
+    inside = (x / 0.7) ** 2 + (y / 0.9) ** 2 + (z / 0.9) ** 2 < 1
+    tumour = np.zeros(x.shape, np.uint8)
+    tumour[25:31, 30:36, 6:10] = 1
+    for number, name in enumerate(names, 1):
+        brain = np.where(inside, 300 + 200 * y + 100.0 * number * tumour, 0).astype(np.float32)
+        nib.save(nib.Nifti1Image(brain, np.eye(4)), folder / f"{folder.name}_{name}.nii.gz")
+    if mask:
+        nib.save(nib.Nifti1Image(tumour, np.eye(4)), folder / f"{folder.name}_seg.nii.gz")
+    return folder
+
+
+def test_simulated_subjects_by_default(translate, words, tmp_path, capsys):
+    out = tmp_path / "out"
+    translate.main(words)
+    assert "2 slices: T2 and masks from T1, WB" in capsys.readouterr().out
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["synthetic"] is True and manifest["modalities"] == ["T2"]
+    assert manifest["settings"]["given"] == ["T1", "WB"] and manifest["seed"] == 0
+    assert manifest["settings"]["sources"] == ["phantom-000000, slice 0", "phantom-000001, slice 0"]
+    assert sorted(path.name for path in (out / "synthetic-0001").iterdir()) == [
+        f"synthetic-0001_{kind}{end}" for kind in ("seg", "t2") for end in (".nii.gz", ".png")
+    ]
+    with Image.open(out / "sheet.png") as sheet:  # T1, WB, T2 filled in, T2 real, tumour: five columns of two rows
+        assert 5 * 128 < sheet.width < 7 * 128 and 2 * 128 < sheet.height < 3 * 128
+    with pytest.raises(SystemExit):
+        translate.main(words)
+    assert "--overwrite" in capsys.readouterr().err
+    translate.main([*words, "--overwrite", "--given", "T2"])
+    assert json.loads((out / "manifest.json").read_text())["modalities"] == ["T1", "WB"]
+
+
+def test_fills_in_what_a_folder_lacks(translate, words, tmp_path):
+    folder, out = make_subject(tmp_path / "patient"), tmp_path / "out"
+    translate.main([str(folder), *words, "--seed", "3"])
+    rows, _ = read_scan(find_scans(folder)[0], ["T1", "T2", "WB"], 32)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["settings"]["sources"] == [f"patient, slice {k}" for k in range(6, 10)] and len(rows) == 4
+    assert manifest["pixel_spacing_mm"] == list(rows[0]["pixel_spacing"])
+
+    pipeline = DLDMTranslationPipeline.from_pretrained(words[1])
+    expected = pipeline(
+        {name: rows[2][name] for name in ("T1", "WB")},
+        num_inference_steps=1,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    )
+    files = manifest["subjects"][2]["files"]
+    assert list(files) == ["T2", "mask"]
+    with Image.open(out / files["T2"]["png"]) as png:  # it does show the patient's anatomy
+        assert (
+            manifest["notice"] == png.text["Description"] and "from other images of the subject" in manifest["notice"]
+        )
+    pixels = np.asarray(Image.open(out / files["T2"]["png"]))
+    assert np.array_equal(pixels, np.rint(expected.images[0, 0] * 65535).astype(np.uint16))
+    assert np.array_equal(np.asarray(Image.open(out / files["mask"]["png"])) > 0, expected.masks[0])
+
+
+def test_sheet_shows_given_filled_in_and_real(translate, words, tmp_path, monkeypatch):
+    folder = make_subject(tmp_path / "patient", ("t1", "t2", "wb"), mask=False)
+    seen = {}
+    draw = translate.contact_sheet
+
+    def spy(images, masks, columns, names, path):
+        seen.update(images=images, columns=columns, names=names)
+        draw(images, masks, columns, names, path)
+
+    monkeypatch.setattr(translate, "contact_sheet", spy)
+    translate.main([str(folder), *words, "--given", "WB", "--modalities", "T1"])
+    assert seen["columns"] == ["WB given", "T1 filled in", "T1 real"]
+    rows, _ = read_scan(find_scans(folder)[0], ["T1", "T2", "WB"], 32)
+    assert len(rows) > 4 and seen["names"][-1] == f"synthetic-{len(rows) - 1:04d}"
+    for column, name in ((0, "WB"), (2, "T1")):
+        assert np.array_equal(seen["images"][:, column], np.stack([row[name] for row in rows]))
+    assert not np.array_equal(seen["images"][:, 1], seen["images"][:, 2])
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["several"], "several holds 2 subjects, one and others; give the folder of one"),
+        (["foreign"], "foreign: none of T1, T2, WB among its files; it has FLAIR"),
+        (["complete"], "every modality"),
+        (["several/one", "--given", "T2"], "--given T2: not there; the pipeline knows and the subject has T1 WB"),
+        (["several/one", "--modalities", "PET"], "PET"),
+        (["several/one", "--num_inference_steps", "0"], "num_inference_steps"),
+        (["--pipeline", "./nowhere"], "nowhere: no such folder"),
+        (["--output", "/dev/null/out"], "cannot write"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(translate, words, tmp_path, capsys, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
+    make_subject(tmp_path / "several" / "one")
+    make_subject(tmp_path / "several" / "two")
+    make_subject(tmp_path / "foreign", ("flair",))
+    make_subject(tmp_path / "complete", ("t1", "t2", "wb"))
+    with pytest.raises(SystemExit) as stop:
+        translate.main([*words, *more])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["complete", "foreign", "pipeline", "several"]
+
+
+def test_sequences_that_cannot_be_simulated_need_a_folder(translate, words, tmp_path, capsys):
+    config = tmp_path / "pipeline" / "autoencoder" / "config.json"
+    config.write_text(config.read_text().replace('"WB"', '"T1CE"'))
+    with pytest.raises(SystemExit):
+        translate.main(words)
+    assert "T1, T2, T1CE cannot be simulated; give SUBJECT_FOLDER" in capsys.readouterr().err
+
+
+def test_help_teaches(translate, capsys):
+    with pytest.raises(SystemExit):
+        translate.main(["--help"])
+    text = capsys.readouterr().out
+    assert "python examples/translate.py SUBJECT_FOLDER" in text and "sheet.png" in text

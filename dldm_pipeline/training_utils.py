@@ -25,11 +25,11 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from dldm_pipeline import hub
 from dldm_pipeline.modalities import DEFAULT_MODALITIES
 
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
@@ -131,7 +131,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
     hub = parser.add_argument_group("sharing")
     hub.add_argument(
-        "--push_to_hub", action=argparse.BooleanOptionalAction, default=False, help="upload the result to the Hub"
+        "--push_to_hub",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="upload the result to the Hub, with samples.png, which shows held-out slices of your data too; "
+        "examples/push_to_hub.py leaves it out",
     )
     hub.add_argument("--hub_model_id", help="repository to upload to; by default the name of --output_dir")
     hub.add_argument("--hub_token", help="token with write access; by default the one you logged in with")
@@ -535,7 +539,7 @@ def noise_deviation(images: torch.Tensor, foreground: torch.Tensor) -> torch.Ten
         foreground: bool, broadcasts with `images`; elsewhere there is no noise. NaN where it is empty.
     """
     taps = images.new_tensor([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
-    answer = F.conv2d(images.flatten(0, -3)[:, None], taps[None, None], padding=1).reshape(images.shape)
+    answer = F.conv2d(images.reshape(-1, 1, *images.shape[-2:]), taps[None, None], padding=1).reshape(images.shape)
     inside = torch.where(foreground, answer.abs(), torch.nan).flatten(-2)
     return inside.nanmedian(dim=-1).values / 0.6745
 
@@ -687,60 +691,6 @@ def write_pretrained(save: Callable[[Path], None], folder: str | Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_model_card(
-    folder: str | Path,
-    title: str,
-    description: str,
-    figures: dict[str, float | int | str],
-    training: dict[str, Any],
-    images: dict[str, str] | None = None,
-    tags: Sequence[str] = (),
-    library_name: str = "diffusers",
-) -> Path:
-    """Write `README.md`, the model card of a folder, with intended use and limits.
-
-    Args:
-        folder: the model's folder.
-        title: first heading.
-        description: Markdown, what it is and what it was trained on.
-        figures: measured on held-out subjects; name to value.
-        training: arguments worth knowing; name to value.
-        images: caption to file name inside `folder`.
-        tags: added to the common ones.
-
-    Returns:
-        The file.
-    """
-    data = ModelCardData(
-        license="apache-2.0", library_name=library_name, tags=["medical", "mri", "brain", "synthetic-data", *tags]
-    )
-    lines = ["---", data.to_yaml(), "---", "", f"# {title}", "", description.strip(), ""]
-    for caption, name in (images or {}).items():
-        lines += [f"![{caption}]({name})", "", f"*{caption}*", ""]
-    if figures:
-        lines += ["## Figures on held-out subjects", "", "| figure | value |", "|---|---|"]
-        lines += [f"| {key} | {_show(value)} |" for key, value in figures.items()] + [""]
-    lines += ["## Training", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {key} | {_show(value)} |" for key, value in training.items() if value is not None] + [""]
-    lines += [
-        "## Intended use and limits",
-        "",
-        "Research: augmentation, method development, teaching. The images are synthetic and mark no real patient. "
-        "**Not for diagnosis**, nor for any other clinical decision. The model shows what its training data show: "
-        "their scanners, their populations, their lesions, and their biases. Check what you generate before you train "
-        "on it.",
-        "",
-    ]
-    path, temporary = Path(folder) / "README.md", Path(folder) / ".README.md.tmp"
-    temporary.write_text(str(ModelCard("\n".join(lines))), encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
-def _show(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
-
-
 def push_folder(folder: str | Path, args: argparse.Namespace) -> str:
     """Upload a finished model folder to the Hub as `--hub_model_id` says, without checkpoints and logs.
 
@@ -751,15 +701,8 @@ def push_folder(folder: str | Path, args: argparse.Namespace) -> str:
         OSError: the upload failed; the local folder is complete and can be pushed later.
     """
     folder = Path(folder)
-    api = HfApi(token=args.hub_token)
+    repo_id = args.hub_model_id or folder.resolve().name
     try:
-        repo_id = api.create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message="End of training",
-            ignore_patterns=["checkpoint-*", "logs/*", ".*", "validation/*"],
-        )
-    except Exception as error:  # any of the Hub's or the network's: the training itself is not lost
+        return hub.push_folder(folder, repo_id, token=args.hub_token, commit_message="End of training")
+    except (OSError, ValueError) as error:  # the training itself is not lost
         raise OSError(f"--push_to_hub: upload failed, the model is safe in {folder}: {error}") from error
-    return str(commit.commit_url if hasattr(commit, "commit_url") else commit)

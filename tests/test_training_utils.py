@@ -1,4 +1,5 @@
 import errno
+import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dldm_pipeline import training_utils
+from dldm_pipeline.hub import write_model_card
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,
@@ -27,7 +29,6 @@ from dldm_pipeline.training_utils import (
     phantom_dataset,
     push_folder,
     save_checkpoint,
-    write_model_card,
     write_pretrained,
 )
 
@@ -353,27 +354,20 @@ def test_the_model_card_says_what_it_must(tmp_path):
 
 
 def test_a_push_uploads_the_folder_and_a_failing_one_is_a_clear_error(tmp_path, monkeypatch):
-    calls = {}
+    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
+    hub_server = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hub_server)
+    for path in ("brains/model.safetensors", "brains/checkpoint-10/model.safetensors", "hub/empty"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(b"x")
+    with hub_server.HubServer(tmp_path / "hub") as hub:
+        hub.use_in_this_process(monkeypatch, tmp_path / "home", token=None)
+        args = Namespace(hub_token=hub_server.TOKEN, hub_model_id=None)
+        assert push_folder(tmp_path / "brains", args).startswith(f"{hub.url}/tester/brains/commit/")
+        repo = hub.repos["models", "tester/brains"]
+        assert list(repo.commits[repo.branches["main"]]) == ["model.safetensors"]
 
-    class Api:
-        def __init__(self, token):
-            calls["token"] = token
-
-        def create_repo(self, repo_id, exist_ok):
-            return Namespace(repo_id=f"me/{repo_id}")
-
-        def upload_folder(self, **kwargs):
-            calls.update(kwargs)
-            return Namespace(commit_url="https://hub/commit/1")
-
-    monkeypatch.setattr(training_utils, "HfApi", Api)
-    args = Namespace(hub_token="t", hub_model_id=None)
-    assert push_folder(tmp_path / "brains", args) == "https://hub/commit/1"
-    assert calls["repo_id"] == "me/brains" and calls["token"] == "t" and "checkpoint-*" in calls["ignore_patterns"]
-
-    def fail(self, **kwargs):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(Api, "upload_folder", fail)
-    with pytest.raises(OSError, match="--push_to_hub.*safe in.*no network"):
-        push_folder(tmp_path / "brains", args)
+        args = Namespace(hub_token="wrong", hub_model_id="tester/others")
+        with pytest.raises(OSError, match="--push_to_hub.*safe in.*brains.*401"):
+            push_folder(tmp_path / "brains", args)
+        assert list(hub.repos) == [("models", "tester/brains")]

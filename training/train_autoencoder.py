@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.hub import write_model_card
 from dldm_pipeline.muon import make_optimizers
 from dldm_pipeline.training_utils import (
     TrainingClock,
@@ -41,7 +42,6 @@ from dldm_pipeline.training_utils import (
     save_checkpoint,
     start_trackers,
     transfer_rows,
-    write_model_card,
     write_pretrained,
 )
 

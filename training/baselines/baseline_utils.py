@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.hub import write_model_card
 from dldm_pipeline.metrics.features import load_extractor, to_uint8
 from dldm_pipeline.metrics.fidelity import kernel_distance
-from dldm_pipeline.training_utils import TrainingClock, write_model_card, write_pretrained
+from dldm_pipeline.training_utils import TrainingClock, write_pretrained
 
 # uint8 (N, H, W) in 0-255 to (N, d): `dldm_pipeline.metrics.features.FeatureExtractor`, or any other function.
 Extractor = Callable[[np.ndarray], np.ndarray]

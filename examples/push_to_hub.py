@@ -1,0 +1,208 @@
+"""Share a trained pipeline, or a data set, on the Hub.
+
+    python examples/push_to_hub.py outputs/mine --repo_id me/brains --metrics evaluation/metrics.json
+    python examples/push_to_hub.py outputs/mine --repo_id me/brains --private --revision trial
+    python examples/push_to_hub.py --dataset data/mine --repo_id me/slices --private
+
+Log in once with `hf auth login`. A pipeline gets a model card with four fresh subjects, the figures that
+examples/evaluate.py measured, licence, training data, limits and how to load it, with this package or without. A data set
+goes as prepare_dataset.py wrote it, with its own card. Either arrives in one commit: whole, or not at all.
+What you push is public unless you add --private; check that you may share it.
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dldm_pipeline import DLDMPipeline
+from dldm_pipeline.data.sheet import contact_sheet
+from dldm_pipeline.hub import PRIVATE_NAMES, push_folder, write_model_card
+from dldm_pipeline.pipeline_dldm import add_modules
+from dldm_pipeline.training_utils import clear_errors, write_pretrained
+
+NUM_PICTURES = 4
+
+# Name in the card's table, and where metrics.json has the figure; of several values, their mean.
+FIGURES = {
+    "rebuilt images, PSNR (dB)": "reconstruction.psnr_mean",
+    "rebuilt images, PSNR of the worst modality (dB)": "reconstruction.psnr_worst",
+    "PSNR lost when structure comes from one modality (dB)": "reconstruction.single_cost_mean",
+    "PSNR lost when styles are exchanged between subjects (dB)": "reconstruction.exchange_cost",
+    "tumour mask, Dice": "reconstruction.mask_dice",
+    "modality read off the structure (points over chance)": "disentanglement.structure_over_chance",
+    "generated images, Fréchet distance of features": "fidelity.DLDM.scores.frechet_distance.mean.value",
+    "Fréchet distance of a second real sample": "fidelity.DLDM.floor.scores.frechet_distance.mean.value",
+    "generated images, precision": "fidelity.DLDM.scores.precision.mean.value",
+    "precision of a second real sample": "fidelity.DLDM.floor.scores.precision.mean.value",
+    "generated images, recall": "fidelity.DLDM.scores.recall.mean.value",
+    "recall of a second real sample": "fidelity.DLDM.floor.scores.recall.mean.value",
+    "generated modalities, correlation of edges": "alignment.DLDM.edge_correlation",
+    "correlation of edges of real subjects": "alignment.validation.edge_correlation",
+    "generated images, largest deviation of the power spectrum": "generation.spectrum.largest_deviation_mean_ratio",
+    "generated subjects, share too close to a training subject": "memorization.DLDM.refused_share",
+    "held-out subjects, share too close to a training subject": "memorization.DLDM.held_out.refused_share",
+    "generated subjects, authenticity": "memorization.DLDM.samples.authenticity_mean",
+    "held-out subjects, authenticity": "memorization.DLDM.held_out.authenticity_mean",
+    "seconds a subject": "generation.seconds_per_subject",
+}
+
+LOADING = """\
+With the package `dldm_pipeline` installed:
+
+```python
+from dldm_pipeline import DLDMPipeline
+
+pipe = DLDMPipeline.from_pretrained("{repo_id}"{revision})
+output = pipe(num_subjects=4)
+output.by_modality["{modality}"][0]  # a PIL image; its tumour mask is output.masks[0]
+```
+
+Without it, diffusers runs the modules of this repository; read them first:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}"{revision}, trust_remote_code=True)
+```
+
+`DLDMTranslationPipeline` (without the package, `custom_pipeline="pipeline_dldm_translation"`) fills in missing modalities."""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", nargs="?", type=Path, metavar="FOLDER", help="pipeline that train_ldm.py wrote")
+    parser.add_argument("--dataset", type=Path, help="push this data set, written by prepare_dataset.py, instead")
+    parser.add_argument("--repo_id", required=True, help="owner/name; made if it is new")
+    parser.add_argument("--revision", help="branch, made if it is new (default: main)")
+    parser.add_argument("--private", action="store_true", help="only you, or your organisation, can see it")
+    parser.add_argument("--token", help="with write access (default: the one you logged in with)")
+    card = parser.add_argument_group("model card of a pipeline")
+    card.add_argument("--metrics", type=Path, help="metrics.json of examples/evaluate.py, for the figures")
+    card.add_argument("--training_data", help="what it was trained on (default: what the training script noted)")
+    card.add_argument("--license", default="apache-2.0", help="the Hub's name of a licence (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def stage_pipeline(args: argparse.Namespace, staged: Path) -> None:
+    """Write to the folder `staged` all that is to be pushed."""
+    if not (args.pipeline / "model_index.json").is_file():
+        raise FileNotFoundError(f"{args.pipeline} holds no model_index.json; give a folder that train_ldm.py wrote.")
+    pipeline = DLDMPipeline.from_pretrained(args.pipeline)  # refuses what nobody could load
+    ignore = shutil.ignore_patterns(*PRIVATE_NAMES, "samples.png")  # half of that one are real scans
+    write_pretrained(lambda path: shutil.copytree(args.pipeline, path, ignore=ignore, dirs_exist_ok=True), staged)
+    add_modules(staged)
+    metrics = {} if args.metrics is None else read_metrics(args.metrics)
+    pictures = draw_pictures(pipeline, staged)
+    write_card(args, pipeline, metrics, pictures, staged)
+
+
+def read_metrics(path: Path) -> dict:
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--metrics {path} is not JSON ({error}); give the metrics.json of evaluate.py.") from error
+    if not isinstance(metrics, dict):
+        raise ValueError(f"--metrics {path} holds no figures by name; give the metrics.json of evaluate.py.")
+    return metrics
+
+
+def figure(metrics: dict, path: str) -> float | None:
+    """The number at a dotted path, or the mean of the numbers there; None if there is none."""
+    value = metrics
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    values = value.values() if isinstance(value, dict) else [value]
+    numbers = [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def draw_pictures(pipeline: DLDMPipeline, folder: Path) -> dict[str, str]:
+    """Draw subjects and save each as a strip with all modalities and the mask. Returns caption to file name."""
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(NUM_PICTURES)]
+    output = pipeline(num_subjects=NUM_PICTURES, generator=generators, output_type="np")
+    caption = f"synthetic subject: {', '.join(output.modalities)}, tumour outlined"
+    pictures = {}
+    for i in range(NUM_PICTURES):
+        one = slice(i, i + 1)
+        name = f"subject-{i}.png"
+        contact_sheet(output.images[one], output.masks[one], output.modalities, ["synthetic"], folder / name)
+        pictures[f"{caption} (seed {i})"] = name
+    return pictures
+
+
+def write_card(
+    args: argparse.Namespace, pipeline: DLDMPipeline, metrics: dict, pictures: dict[str, str], folder: Path
+) -> None:
+    """Write the model card over the one of the training script, whose notes on the training it takes over."""
+    config = pipeline.autoencoder.config
+    readme = folder / "README.md"
+    notes = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    trained_on = re.search(r"Trained on .*", notes)
+    training = re.search(r"^## Training\n(.*?)(?=^## |\Z)", notes, re.MULTILINE | re.DOTALL)
+    sections = {
+        "Load it": LOADING.format(
+            repo_id=args.repo_id,
+            revision=f', revision="{args.revision}"' if args.revision else "",
+            modality=config.modalities[0],
+        ),
+        "Training data": args.training_data or (trained_on[0] if trained_on else "Not stated by who uploaded it."),
+        "Memorisation": memorization_text(metrics),
+    }
+    if training:
+        sections["Training"] = training[1].strip()
+    sections["Licence"] = args.license
+    write_model_card(
+        folder,
+        args.repo_id.split("/")[-1],
+        f"A `DLDMPipeline` that draws aligned {config.sample_size}x{config.sample_size} brain slices of one synthetic "
+        f"subject in {', '.join(config.modalities)} with the tumour mask, after Na et al., "
+        '"Generation of Multi-modal Brain Tumor MRIs with Disentangled Latent Diffusion Model" (MIDL 2023).',
+        {name: figure(metrics, path) for name, path in FIGURES.items()},
+        {},
+        tags=["diffusers", "DLDMPipeline", "brain-tumor"],
+        sections=sections,
+        widget=pictures,
+        license=args.license,
+    )
+
+
+def memorization_text(metrics: dict) -> str:
+    """What `evaluate_memorization` found, or that nobody has looked."""
+    keys = ("refused", "num_samples", "num_train_subjects", "false_alarm_rate")
+    refused, drawn, trained, rate = (figure(metrics, f"memorization.DLDM.{key}") for key in keys)
+    if None in (refused, drawn, trained, rate):
+        return "Not measured. Before you share what you generate from patients' scans, look for copies of them."
+    return (
+        f"Of {drawn:.0f} generated subjects, {refused:.0f} came closer to one of {trained:.0f} training subjects, in pixels "
+        f"or in anatomy, than {1 - rate:.0%} of held-out subjects do. Rates and authenticity are in the table above."
+    )
+
+
+@clear_errors()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if (args.pipeline is None) == (args.dataset is None):
+        raise ValueError("give either the FOLDER of a pipeline or --dataset DATA.")
+    if args.repo_id.count("/") != 1:
+        raise ValueError(f"--repo_id {args.repo_id}: give owner/name.")
+    options = {"revision": args.revision, "private": args.private, "token": args.token}
+    if args.dataset is not None:
+        if not list(args.dataset.glob("data/train-*.parquet")):
+            raise FileNotFoundError(f"--dataset {args.dataset} holds no data/train-*.parquet; see prepare_dataset.py.")
+        url = push_folder(args.dataset, args.repo_id, "dataset", commit_message="Upload data set", **options)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            stage_pipeline(args, Path(temporary))
+            url = push_folder(temporary, args.repo_id, commit_message="Upload DLDMPipeline", **options)
+    print(url)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,45 +1,76 @@
-"""Measures a trained pipeline, or an autoencoder alone, on held-out subjects and writes `metrics.json` and `report.md`.
+"""Measures a trained pipeline beside real subjects and other generators; writes `metrics.json`, `report.md`, `report.html`.
 
     python examples/evaluate.py                                             # bundled pipeline, fresh simulated subjects
     python examples/evaluate.py --pipeline P --dataset D                    # own pipeline, validation split of own data
+    python examples/evaluate.py --pipeline P --dataset D --baselines outputs/stylegan2 outputs/plain_ldm --num_subjects 1000
     python examples/evaluate.py --autoencoder A --autoencoder_only --dataset D
 
-What each figure means is written in `dldm_pipeline/metrics/`, one plain function each.
+What each figure means is written in the report and in `dldm_pipeline/metrics/`. Generated subjects, features and figures are
+kept in the output's `cache` under a hash of all they depend on, so a second run computes only what has changed; the folder
+can be deleted.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import math
 import os
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from dldm_pipeline import BUNDLED_CHECKPOINT
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
-from dldm_pipeline.data.phantom import phantom_rows
+from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.data.slices import SliceDataset
-from dldm_pipeline.metrics.alignment import evaluate_alignment
-from dldm_pipeline.metrics.disentanglement import evaluate_disentanglement
-from dldm_pipeline.metrics.reconstruction import (
-    compare_spectra,
-    encode_subjects,
-    evaluate_reconstruction,
-    radial_power_spectrum,
-    rebuild,
+from dldm_pipeline.metrics.comparison import (
+    NEIGHBOURS,
+    Cache,
+    Slices,
+    System,
+    compare_alignment,
+    compare_fidelity,
+    compare_memorization,
+    compare_spectra_of,
+    compare_steps,
+    find_segmenters,
+    fingerprint,
+    measure_autoencoder,
+    pipeline_system,
+    sample,
+    write_text,
+)
+from dldm_pipeline.metrics.features import EXTRACTORS, FeatureExtractor, load_extractor
+from dldm_pipeline.metrics.memorization import closest_pairs_sheet, read_slices
+from dldm_pipeline.metrics.report import (
+    PAPER,
+    build_report,
+    claims,
+    mean_scores,
+    plot_scores,
+    plot_steps,
+    systems_sheet,
+    to_html,
+    to_markdown,
 )
 from dldm_pipeline.pipeline_dldm import DLDMPipeline
 
-# Simulated subjects for a run without --dataset: a seed of their own, so that no training run has seen them.
-PHANTOM_SEED, NUM_PHANTOMS = 977_001, 200
+# Simulated subjects for a run without --dataset: seeds of their own, so that no training run has seen them.
+PHANTOM_SEED, SECOND_PHANTOM_SEED, NUM_PHANTOMS = 977_001, 977_002, 200
+# Class of a compared system, as its config.json names it -> its module in a folder of scripts, and its name in the report.
+BASELINES = {"StyleGAN2": ("stylegan2", "StyleGAN2"), "PlainLDM": ("plain_ldm", "plain LDM")}
+BASELINE_FOLDER = Path(__file__).resolve().parents[1] / "training" / "baselines"
+SAMPLING = ("num_inference_steps", "num_style_inference_steps", "guidance_scale")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,14 +79,48 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--autoencoder", type=Path, help="autoencoder folder to use with --autoencoder_only")
     parser.add_argument("--autoencoder_only", action="store_true", help="measure the autoencoder, generate nothing")
     parser.add_argument(
+        "--baselines", type=Path, nargs="+", default=[], help="folders of compared systems, from training/baselines/"
+    )
+    parser.add_argument(
         "--dataset", help=f"folder of slices, or its name on the Hub; default: {NUM_PHANTOMS} simulated subjects"
     )
     parser.add_argument("--split", default="validation", help="split of the dataset (default: %(default)s)")
-    parser.add_argument("--max_validation", type=int, default=400, help="slices to use at most (default: %(default)s)")
-    parser.add_argument("--num_subjects", type=int, default=100, help="subjects to generate (default: %(default)s)")
+    parser.add_argument(
+        "--max_validation",
+        type=int,
+        default=400,
+        help="slices at most for autoencoder and alignment (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_train", type=int, default=10_000, help="training slices to look for copies of (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_subjects", type=int, default=100, help="subjects of each system, and real ones (default: %(default)s)"
+    )
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--num_style_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    parser.add_argument(
+        "--step_counts", type=int, nargs="+", default=[5, 10, 25, 50], help="structure steps to compare (%(default)s)"
+    )
+    parser.add_argument(
+        "--step_subjects", type=int, default=50, help="subjects of that comparison, 0: none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--extractor", choices=list(EXTRACTORS), default="efficientnet-lite0", help="features (default: %(default)s)"
+    )
+    parser.add_argument("--extractor_weights", type=Path, help="local weights; default: installed, or downloaded")
+    parser.add_argument(
+        "--neighbour_extractor",
+        choices=list(EXTRACTORS),
+        help="another one for precision, recall, density and coverage, such as vgg16",
+    )
+    parser.add_argument(
+        "--segmenter_steps",
+        type=int,
+        default=600,
+        help="training steps of the segmenters that judge the masks, 0: none (default: %(default)s)",
+    )
     parser.add_argument("--batch_size", type=int, default=4, help="subjects at a time (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of splits, exchanges and subjects (default: %(default)s)"
@@ -65,196 +130,120 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def simulated_subjects(size: int, modalities: list[str], count: int) -> list[dict]:
+def sampling_options(args: argparse.Namespace) -> dict:
+    """What the pipeline is called with, defaults included."""
+    defaults = inspect.signature(DLDMPipeline.__call__).parameters
+    return {name: defaults[name].default if getattr(args, name) is None else getattr(args, name) for name in SAMPLING}
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises one clear error on what cannot work, before any of the work."""
+    if args.autoencoder and not args.autoencoder_only:
+        raise ValueError("--autoencoder needs --autoencoder_only; a whole pipeline is given by --pipeline.")
+    if args.autoencoder and args.pipeline:
+        raise ValueError("--autoencoder and --pipeline are both given; give the one to measure.")
+    if args.baselines and args.autoencoder_only:
+        raise ValueError("--baselines are compared with a pipeline; leave out --autoencoder_only.")
+    for name in ("max_validation", "max_train", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more.")
+    if args.num_subjects <= NEIGHBOURS:
+        raise ValueError(
+            f"--num_subjects {args.num_subjects}: scores of {NEIGHBOURS} nearest neighbours need {NEIGHBOURS + 1} or more."
+        )
+    if args.step_subjects and not NEIGHBOURS < args.step_subjects:
+        raise ValueError(
+            f"--step_subjects {args.step_subjects}: give {NEIGHBOURS + 1} or more, or 0 for no comparison."
+        )
+    if min(args.step_counts) < 1:
+        raise ValueError(f"--step_counts {min(args.step_counts)}: give numbers of 1 or more.")
+    if args.segmenter_steps < 0:
+        raise ValueError(f"--segmenter_steps {args.segmenter_steps}: give 1 or more, or 0 for no segmenters.")
+    model, marker = (args.autoencoder, "config.json") if args.autoencoder else (args.pipeline, "model_index.json")
+    for folder, file in [
+        (model or BUNDLED_CHECKPOINT, marker),
+        *((folder, "config.json") for folder in args.baselines),
+    ]:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} holds no {file}; give a folder written by save_pretrained.")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output {args.output} cannot be made ({error.strerror}); choose another folder.") from error
+    if not os.access(args.output, os.W_OK):
+        raise PermissionError(f"--output {args.output} is not writable; choose another folder.")
+
+
+class SimulatedSubjects(Dataset):
     """Fresh simulated subjects with the items of a `SliceDataset`."""
-    rows = phantom_rows(count, size=size, seed=PHANTOM_SEED, modalities=modalities, num_workers=os.cpu_count() or 1)
-    return [
-        {
-            "images": torch.stack([torch.from_numpy(row[name]) for name in modalities]),
-            "present": torch.ones(len(modalities), dtype=torch.bool),
-            "mask": torch.from_numpy(row["mask"]).float(),
+
+    def __init__(self, count: int, size: int, modalities: Sequence[str], seed: int) -> None:
+        self.count, self.size, self.modalities, self.seed = count, size, tuple(modalities), seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        subject = simulate_subject((self.seed, index), self.size, self.modalities)
+        return {
+            "images": torch.from_numpy(subject.images),
+            "present": torch.ones(len(self.modalities), dtype=torch.bool),
+            "mask": torch.from_numpy(subject.mask).float(),
             "has_mask": torch.tensor(True),
-            "subject": row["subject"],
+            "subject": f"phantom-{index:06d}",
         }
-        for row in tqdm(rows, total=count, desc="simulate")
-    ]
 
 
-def generate(pipeline: DLDMPipeline, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Images (S, n, H, W), masks (S, H, W) and how they were made; subject i is drawn from seed `args.seed + i`."""
-    defaults = inspect.signature(pipeline.__call__).parameters
-    options = {
-        name: defaults[name].default if getattr(args, name) is None else getattr(args, name)
-        for name in ("num_inference_steps", "num_style_inference_steps", "guidance_scale")
-    }
-    pipeline.set_progress_bar_config(disable=True)
-    images, masks, started = [], [], time.time()
-    with tqdm(total=args.num_subjects, desc="generate") as bar:
-        for start in range(0, args.num_subjects, 8):
-            seeds = range(args.seed + start, args.seed + min(start + 8, args.num_subjects))
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            output = pipeline(num_subjects=len(seeds), generator=generators, output_type="np", **options)
-            images.append(output.images)
-            masks.append(output.masks)
-            bar.update(len(seeds))
-    seconds = (time.time() - started) / args.num_subjects
-    return (
-        np.concatenate(images),
-        np.concatenate(masks),
-        {"num_subjects": args.num_subjects, "seconds_per_subject": seconds, **options},
-    )
+def open_data(args: argparse.Namespace, size: int, modalities: list[str]) -> tuple[Dataset, Dataset | None]:
+    """Held-out subjects, and other real ones: training subjects, where there are any."""
+    if args.dataset is None:
+        count = max(NUM_PHANTOMS, args.num_subjects)
+        return tuple(SimulatedSubjects(count, size, modalities, seed) for seed in (PHANTOM_SEED, SECOND_PHANTOM_SEED))
+    held_out = SliceDataset(args.dataset, split=args.split, modalities=modalities)
+    if held_out.image_size != size:
+        raise ValueError(f"--dataset {args.dataset} has {held_out.image_size} pixel images, the model needs {size}.")
+    if args.split == "train":
+        return held_out, None
+    try:
+        return held_out, SliceDataset(args.dataset, split="train", modalities=modalities)
+    except ValueError:  # there is no such split
+        return held_out, None
 
 
-def table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table: numbers are right-aligned and rounded to three decimals at most, None is a dash."""
-
-    def cell(value) -> str:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return "-"
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows])
+def read_items(dataset: Dataset, count: int, desc: str) -> list[dict]:
+    """At most `count` items, taken at even distances."""
+    rows = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
+    return [dataset[i] for i in tqdm(rows, desc=desc)]
 
 
-def mean(values: dict[str, float]) -> float:
-    known = [value for value in values.values() if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -> System:
+    """A compared system, of whichever class its config.json names."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    except ValueError as error:
+        raise ValueError(f"--baselines {folder}: its config.json is damaged ({error}); copy it again.") from error
+    if kind not in BASELINES:
+        raise ValueError(f"--baselines {folder} holds a {kind}; known are {', '.join(BASELINES)}.")
+    module, name = BASELINES[kind]
+    if str(BASELINE_FOLDER) not in sys.path:  # the scripts there import each other by name
+        sys.path.insert(0, str(BASELINE_FOLDER))
+    model = getattr(importlib.import_module(module), kind).from_pretrained(folder).to(device).eval()
+    own = list(model.config.modalities)
+    if sorted(own) != sorted(modalities) or model.config.sample_size != size:
+        raise ValueError(
+            f"--baselines {folder} draws {', '.join(own)} at {model.config.sample_size} pixels, the pipeline "
+            f"{', '.join(modalities)} at {size}: compare systems that were trained on the same data."
+        )
+    columns = [own.index(modality) for modality in modalities]
+    has_masks = bool(model.config.get("mask"))
 
+    def draw(generators: list[torch.Generator]):
+        drawn = model.sample(len(generators), generators, **({"return_masks": True} if has_masks else {}))
+        images, masks = drawn if has_masks else (drawn, None)
+        return images[:, columns].numpy(), None if masks is None else masks.numpy() > 0.5, None
 
-def reconstruction_report(result: dict) -> str:
-    names, score, spectrum = result["modalities"], result["psnr"], result["spectrum"]
-
-    def row(title: str, values: dict[str, float], summary: float | None = None) -> list:
-        return [title, *(values[name] for name in names), mean(values) if summary is None else summary]
-
-    rows = [
-        row("structure from all", score["all"]),
-        row("styles exchanged between subjects", score["exchanged"]),
-        *(row(f"structure from {name} alone", score["single"][name]) for name in names),
-        row("reference: another subject's real image", score["another_subject"]),
-    ]
-    lines = [
-        "## Reconstruction",
-        f"{result['num_slices']} held-out slices of {result['num_subjects']} subjects.\n",
-        "PSNR in dB (columns: the modality rebuilt):\n",
-        table(["", *names, "mean"], rows),
-        "\nLoss against structure from all, in dB:\n",
-        table(
-            ["", *names, "mean"],
-            [
-                row("styles exchanged", result["exchange_cost"]),
-                row("structure from this modality alone", result["single_cost"]),
-            ],
-        ),
-        f"\n- mean PSNR {result['psnr_mean']:.2f} dB, worst modality {result['psnr_worst']:.2f} dB, "
-        f"best - worst {result['psnr_spread']:.2f} dB",
-        f"- structure from one modality: {result['single_cost_mean']:.2f} dB below structure from all; "
-        f"{result['single_cost_mean_others']:.2f} dB for the modalities not given",
-    ]
-    if result["mask_dice"] is not None:
-        single = result["mask_dice_single"]
-        lines += [
-            "\nTumour mask (decoded from the structure alone):\n",
-            table(
-                ["structure from", "all", *(f"{name} alone" for name in names)],
-                [["Dice", result["mask_dice"], *(single[name] for name in names)]],
-            ),
-        ]
-    lines += ["\n" + spectrum_report(spectrum, names, "rebuilt")]
-    return "\n".join(lines)
-
-
-def spectrum_report(spectrum: dict, names: list[str], what: str) -> str:
-    """Power ratio at a few rings and the largest deviation over all of them."""
-    rings = len(spectrum["ratio_mean"]) - 1
-    shown = sorted({round(rings * part) for part in (0.05, 0.25, 0.5, 0.75, 1.0)})
-    rows = [[name, *(spectrum["ratio"][name][r] for r in shown), spectrum["largest_deviation"][name]] for name in names]
-    rows.append(
-        [
-            "mean of ratios",
-            *(spectrum["ratio_mean"][r] for r in shown),
-            spectrum["largest_deviation_mean_ratio"],
-        ]
-    )
-    header = ["", *(f"ring {r}" for r in shown), "largest deviation from 1, all rings"]
-    title = f"Power spectrum, {what} over real (ring {rings} is half the Nyquist frequency):\n\n"
-    return title + table(header, rows)
-
-
-def disentanglement_report(result: dict) -> str:
-    titles = {
-        "style": "z_style",
-        "structure_mean": "z_struct of one modality, mean over the grid",
-        "structure_full": "z_struct of one modality, whole",
-        "structure_mean_deviation": "not linear, does not count: mean and deviation over the grid",
-        "structure_full_shuffled": "reference: the same with shuffled labels",
-        "images": "reference: images in 8×8 blocks",
-    }
-    rows = [
-        [title, result[key]["features"], 100 * result[key]["accuracy"], 100 * result[key]["chance"]]
-        for key, title in titles.items()
-    ]
-    lines = ["## Disentanglement", "A linear probe names the modality of unseen subjects, in % of codes:\n"]
-    lines += [table(["code", "features", "accuracy", "chance"], rows)]
-    lines += [
-        f"\n- structure: {result['structure_over_chance']:.1f} points over chance (the higher of the first two probes)"
-    ]
-    return "\n".join(lines)
-
-
-def alignment_report(sets: dict[str, dict]) -> str:
-    """Tables over the named sets of subjects, the validation subjects first."""
-    real = sets["validation"]
-    pairs = list(real["edge_correlation"])
-
-    def change(values: dict[str, float], names: list[str]) -> list[str | None]:
-        return [f"{100 * values[name]:+.1f} %" if math.isfinite(values[name]) else None for name in names]
-
-    rows = [["validation subjects", *real["edge_correlation"].values(), 100 * real["apart"]]]
-    for title, result in list(sets.items())[1:]:
-        rows.append([title, *result["edge_correlation"].values(), 100 * result["apart"]])
-        rows.append([f"{title}, change", *change(result["edge_correlation_change"], pairs), None])
-    rows.append(["reference: shuffled validation subjects", *real["edge_correlation_shuffled"].values(), None])
-    lines = [
-        "## Alignment",
-        "Correlation of edges inside the brain between two modalities of one subject; *apart*: % of all pairs no higher",
-        "than the 95th percentile of shuffled subjects:\n",
-        table(["", *pairs, "apart"], rows),
-    ]
-    enhanced = list(real["enhancement"])
-    if enhanced:
-        rows = [["validation subjects", *real["enhancement"].values(), real["num_empty_masks"]]]
-        for title, result in list(sets.items())[1:]:
-            rows.append([title, *result["enhancement"].values(), result["num_empty_masks"]])
-            rows.append([f"{title}, change", *change(result["enhancement_change"], enhanced), None])
-        rows.append(["reference: another subject's mask", *real["enhancement_shuffled"].values(), None])
-        lines += [
-            "\nEnhancement: mean inside the tumour mask over mean in the rest of the brain:\n",
-            table(["", *enhanced, "empty masks"], rows),
-        ]
-    if real["vessels"]:
-        rows = [
-            [title.replace("validation", "validation subjects"), *r["vessels"].values()] for title, r in sets.items()
-        ]
-        rows.append(["reference: BB of another subject", *real["vessels_shuffled"].values()])
-        lines += [
-            "\nVessels (the brain's top hundredth of WB - BB, away from the tumour): mean over the brain's mean:\n",
-            table(["", "WB", "BB"], rows),
-        ]
-    return "\n".join(lines)
-
-
-def generation_report(result: dict, names: list[str]) -> str:
-    lines = [
-        "## Sharpness of generated images",
-        f"{result['num_subjects']} subjects in {result['num_inference_steps']} + {result['num_style_inference_steps']} steps, "
-        f"guidance {result['guidance_scale']}, {result['seconds_per_subject']:.2f} s a subject.\n",
-        spectrum_report(result["spectrum"], names, "generated"),
-        "\nReference, what chance alone does between two halves of the validation subjects: largest deviation "
-        f"{result['spectrum_validation_halves']['largest_deviation_worst']:.3f}.",
-    ]
-    return "\n".join(lines)
+    name += ", class-conditional" if model.config.get("conditional") else ""
+    return System(name, str(folder), sum(value.numel() for value in model.parameters()), draw, fingerprint(model))
 
 
 def finite(value):
@@ -266,107 +255,132 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames, so that no half-written file is ever left under `path`."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+def compare_systems(
+    systems: list[System],
+    pipeline: DLDMPipeline,
+    data: tuple[Dataset, Dataset | None],
+    extractor: FeatureExtractor,
+    segmenters: dict,
+    reference: dict,
+    args: argparse.Namespace,
+    cache: Cache,
+) -> tuple[dict, dict[str, Path]]:
+    """All figures of generated subjects and their pictures. `reference` is the alignment of real subjects."""
+    modalities, seed = list(pipeline.autoencoder.config.modalities), args.seed
+    folder, options = systems[0].folder, sampling_options(args)
+    neighbours = load_extractor(args.neighbour_extractor, device=args.device) if args.neighbour_extractor else None
+    real, second = (data_set and Slices(*read_slices(data_set, args.num_subjects)) for data_set in data)
+    samples = {system.name: sample(system, args.num_subjects, seed, cache) for system in systems}
+    seconds = {name: float(drawn["seconds"].sum() / args.num_subjects) for name, drawn in samples.items()}
+    images = {name: drawn["images"] for name, drawn in samples.items()}
+    pictures = {name: args.output / "figures" / f"{name}.png" for name in ("scores", "systems")}
+
+    others = "other simulated subjects" if args.dataset is None else "training subjects of the data set"
+    results: dict = {
+        "num_subjects": args.num_subjects,
+        "second_real": "half of the held-out subjects" if second is None else others,
+        "paper": PAPER,
+    }
+    results["systems"] = {
+        one.name: {"folder": one.folder, "parameters": one.parameters, "seconds_per_subject": seconds[one.name]}
+        for one in systems
+    }
+    results["fidelity"] = compare_fidelity(samples, real, second, modalities, extractor, neighbours, seed, cache)
+    results["claims"] = claims(mean_scores(results["fidelity"]))
+    plot_scores(results["fidelity"], pictures["scores"])
+    systems_sheet(real.images, real.present, images, modalities, pictures["systems"])
+    results["alignment"] = compare_alignment(
+        samples, modalities, reference, segmenters, args.max_validation, seed, cache
+    )
+    results["generation"] = {
+        "num_subjects": args.num_subjects,
+        "seconds_per_subject": seconds["DLDM"],
+        **options,
+        **compare_spectra_of(real, images["DLDM"], modalities),
+    }
+    if args.step_subjects:
+        by_steps = {
+            steps: pipeline_system(pipeline, folder, **options | {"num_inference_steps": steps})
+            for steps in sorted(set(args.step_counts))
+        }
+        results["steps"] = compare_steps(by_steps, args.step_subjects, real, second, modalities, extractor, seed, cache)
+        pictures["steps"] = args.output / "figures" / "steps.png"
+        plot_steps(results["steps"], pictures["steps"])
+    # Without --dataset nobody knows what the pipeline was trained on.
+    if args.dataset is not None and second is not None and len(set(real.subjects)) > 1:
+        train = Slices(*read_slices(data[1], args.max_train))
+        found = compare_memorization(samples, train, real, modalities, pipeline.autoencoder, seed, cache)
+        results["memorization"], pictures["closest_pairs"] = found, args.output / "figures" / "closest_pairs.png"
+        closest = found["DLDM"]["closest"][:4]
+        closest_pairs_sheet(closest, images["DLDM"], train.images, modalities, pictures["closest_pairs"])
+    return results, pictures
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises one clear error on what cannot work, before any of the work."""
-    if args.autoencoder and not args.autoencoder_only:
-        raise ValueError("--autoencoder needs --autoencoder_only; a whole pipeline is given by --pipeline.")
-    if args.autoencoder and args.pipeline:
-        raise ValueError("--autoencoder and --pipeline are both given; give the one to measure.")
-    for name in ("max_validation", "batch_size", "num_subjects"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more.")
-    folder, marker = (args.autoencoder, "config.json") if args.autoencoder else (args.pipeline, "model_index.json")
-    folder = folder or BUNDLED_CHECKPOINT
-    if not (folder / marker).is_file():
-        raise FileNotFoundError(f"{folder} holds no {marker}; give a folder written by save_pretrained.")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--output {args.output} cannot be made ({error.strerror}); choose another folder.") from error
-    if not os.access(args.output, os.W_OK):
-        raise PermissionError(f"--output {args.output} is not writable; choose another folder.")
+def main(arguments: list[str] | None = None, extractor: FeatureExtractor | None = None) -> dict:
+    """Runs the evaluation and returns what it wrote to `metrics.json`.
 
-
-def main(arguments: list[str] | None = None) -> dict:
-    """Runs the evaluation and returns what it wrote to `metrics.json`."""
+    Args:
+        arguments: of the command line.
+        extractor: features in place of those that `--extractor` names.
+    """
     args = parse_args(arguments)
     check_arguments(args)
     started = time.time()
+    cache = Cache(args.output / "cache")
     model = args.autoencoder or args.pipeline or BUNDLED_CHECKPOINT
+    pipeline, systems = None, []
     if args.autoencoder_only:
         folder = model if args.autoencoder else model / "autoencoder"
-        pipeline, autoencoder = None, DisentangledAutoencoder.from_pretrained(folder).to(args.device).eval()
+        autoencoder = DisentangledAutoencoder.from_pretrained(folder).to(args.device).eval()
     else:
         pipeline = DLDMPipeline.from_pretrained(model).to(args.device)
+        pipeline.set_progress_bar_config(disable=True)
         autoencoder = pipeline.autoencoder
-    modalities = list(autoencoder.config.modalities)
-    size = autoencoder.config.sample_size
-    if args.dataset is None:
-        dataset = simulated_subjects(size, modalities, min(args.max_validation, NUM_PHANTOMS))
-    else:
-        dataset = SliceDataset(args.dataset, split=args.split, modalities=modalities)
-        if dataset.image_size != size:
-            raise ValueError(f"--dataset {args.dataset} has {dataset.image_size} pixel images, the model needs {size}.")
+    modalities, size = list(autoencoder.config.modalities), autoencoder.config.sample_size
+    data = open_data(args, size, modalities)
+    if pipeline is not None:
+        systems = [pipeline_system(pipeline, model, **sampling_options(args))]
+        systems += [open_baseline(folder, modalities, size, args.device) for folder in args.baselines]
+        names = [system.name for system in systems]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--baselines gives one system twice: {', '.join(names)}; give one folder of each.")
+        extractor = extractor or load_extractor(args.extractor, args.extractor_weights, args.device)
 
-    encoded = encode_subjects(autoencoder, dataset, args.max_validation, args.batch_size)
-    rebuilt, rebuilt_masks = rebuild(autoencoder, encoded, args.batch_size)
-    real = evaluate_alignment(
-        encoded.images, encoded.masks, modalities, encoded.subjects, encoded.present, encoded.has_mask, seed=args.seed
-    )
-    alignment = {
-        "validation": real,
-        "rebuilt": evaluate_alignment(
-            rebuilt, rebuilt_masks, modalities, encoded.subjects, encoded.present, reference=real, seed=args.seed
-        ),
-    }
+    count = args.max_validation if args.dataset else min(args.max_validation, NUM_PHANTOMS)
+    items = read_items(data[0], count, "read held-out")
+    others = read_items(data[1], count, "read training") if data[1] is not None and args.segmenter_steps else []
+    segmenters, segmenter_dice = find_segmenters(others, modalities, args.segmenter_steps, args.seed, cache)
     results = {
         "model": str(model),
-        "dataset": str(args.dataset or f"{len(dataset)} simulated subjects, seed {PHANTOM_SEED}"),
+        "dataset": str(args.dataset or f"{len(items)} simulated subjects, seed {PHANTOM_SEED}"),
         "seed": args.seed,
-        "reconstruction": evaluate_reconstruction(autoencoder, encoded, args.batch_size, seed=args.seed),
-        "disentanglement": evaluate_disentanglement(encoded, seed=args.seed),
+        "segmenter_dice": segmenter_dice,
+        **measure_autoencoder(autoencoder, items, segmenters, args.batch_size, args.seed, cache),
     }
-    parts = [reconstruction_report(results["reconstruction"]), disentanglement_report(results["disentanglement"])]
+    pictures: dict[str, Path] = {}
     if pipeline is not None:
-        images, masks, generation = generate(pipeline, args)
-        alignment["generated"] = evaluate_alignment(images, masks, modalities, reference=real, seed=args.seed)
-        spectra = np.where(encoded.present[..., None], radial_power_spectrum(encoded.images), np.nan)
-        first_half = np.isin(encoded.subjects, sorted(set(encoded.subjects))[::2])
-        results["generation"] = {
-            **generation,
-            "spectrum": compare_spectra(spectra, radial_power_spectrum(images), modalities),
-            "spectrum_validation_halves": compare_spectra(spectra[first_half], spectra[~first_half], modalities),
-        }
-        parts.append(generation_report(results["generation"], modalities))
-    results["alignment"] = alignment
-    parts.append(alignment_report(alignment))
+        alignment = results["alignment"]
+        compared, pictures = compare_systems(
+            systems, pipeline, data, extractor, segmenters, alignment["validation"], args, cache
+        )
+        results |= compared | {"alignment": alignment | compared["alignment"]}
     results["seconds"] = time.time() - started
 
-    head = f"# Evaluation\n\nModel: `{results['model']}`, data: `{results['dataset']}`, {results['seconds']:.0f} s."
-    report = "\n\n".join([head, *parts]) + "\n"
+    sections = build_report(results, pictures)
+    report = to_markdown("Evaluation", sections, args.output)
     write_text(args.output / "metrics.json", json.dumps(finite(results), indent=2) + "\n")
     write_text(args.output / "report.md", report)
+    write_text(args.output / "report.html", to_html("Evaluation", sections))
     print(report)
-    print(f"Written to {args.output / 'report.md'} and {args.output / 'metrics.json'}.")
+    print(f"Written to {args.output / 'report.html'}, report.md and metrics.json.")
     return results
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        if os.environ.get("DLDM_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

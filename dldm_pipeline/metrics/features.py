@@ -166,7 +166,7 @@ class FeatureExtractor:
     def __call__(
         self,
         images: np.ndarray,
-        batch_size: int = 32,
+        batch_size: int = 8,
         cache: str | os.PathLike | None = None,
         progress: bool = True,
         desc: str | None = None,
@@ -177,7 +177,7 @@ class FeatureExtractor:
 
         Args:
             images: uint8 (N, H, W), 0-255.
-            batch_size: images per forward pass.
+            batch_size: images per forward pass; more than 8 are slower on a CPU, whose cache they overflow.
             cache: folder of cached features; None for no cache. The file name is a hash of images, network and resize,
                 so a second call with the same ones reads the file, and any change computes anew.
             progress: show a progress bar.
@@ -192,11 +192,11 @@ class FeatureExtractor:
         check_images(images)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give 1 or more.")
-        key = None
+        path = None
         if cache is not None:
-            key = self._cache_key(images)
-            features = _read_cached(Path(cache), key, (len(images), self.dim))
-            if features is not None:
+            path = Path(cache, f"{self._cache_key(images)}.safetensors")
+            features = (read_arrays(path) or {}).get("features")
+            if features is not None and features.shape == (len(images), self.dim) and np.isfinite(features).all():
                 return features
         features = self._compute(images, batch_size, progress, desc)
         if not np.isfinite(features).all():
@@ -204,8 +204,8 @@ class FeatureExtractor:
             raise ValueError(
                 f"{bad} of {len(features)} images gave NaN or infinite {self.name} features; check its weights."
             )
-        if cache is not None:
-            _write_cached(Path(cache), key, features, {"extractor": self.name, "weights": self.weights_hash})
+        if path is not None:
+            write_arrays(path, {"features": features}, {"extractor": self.name, "weights": self.weights_hash})
         return features
 
     @torch.no_grad()
@@ -232,28 +232,38 @@ class FeatureExtractor:
         return f"{self.name}-{digest.hexdigest()[:32]}"
 
 
-def _read_cached(folder: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
-    """Cached features, or None if there are none or the file is damaged (then they are computed anew)."""
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray] | None:
+    """Arrays that [`write_arrays`] wrote, or None if there are none or the file is damaged: then compute them anew.
+
+    Args:
+        path: safetensors file.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        features = load_file(folder / f"{key}.safetensors")["features"]
-    except (OSError, KeyError, SafetensorError):
+        return load_file(path)
+    except (OSError, SafetensorError):
         return None
-    return features if features.shape == shape and np.isfinite(features).all() else None
 
 
-def _write_cached(folder: Path, key: str, features: np.ndarray, metadata: dict[str, str]) -> None:
-    """Writes under a temporary name and renames, so that no half-written file is ever left under the real one."""
+def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes under a temporary name and renames, so that no half-written file is ever left under the real one.
+
+    Args:
+        path: safetensors file; its folder is made if missing.
+        arrays: name → array.
+        metadata: name → text, stored in the file's header.
+    """
     from safetensors.numpy import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{key}.")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
     os.close(handle)
     try:
-        save_file({"features": features}, name, metadata=metadata)
-        os.replace(name, folder / f"{key}.safetensors")
+        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, name, metadata=metadata)
+        os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
@@ -306,7 +316,7 @@ def _efficientnet_lite0(weights: str | os.PathLike | None, device: str) -> Featu
         return model.extract_features((pixels - 127.0) / 128.0).mean(dim=(2, 3))
 
     title = "EfficientNet-Lite0, pooled"
-    return FeatureExtractor("efficientnet-lite0", title, 224, 1280, forward, _hash_of(model), device)
+    return FeatureExtractor("efficientnet-lite0", title, 224, 1280, forward, hash_weights(model), device)
 
 
 def _inception_v3(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
@@ -326,7 +336,7 @@ def _inception_v3(weights: str | os.PathLike | None, device: str) -> FeatureExtr
         model = InceptionV3W(folder, download=False, resize_inside=False)
     model = model.eval().requires_grad_(False).to(device)
     title = "Inception-v3, pool3"
-    return FeatureExtractor("inception-v3", title, 299, 2048, model, _hash_of(model), device)
+    return FeatureExtractor("inception-v3", title, 299, 2048, model, hash_weights(model), device)
 
 
 def _vgg16(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
@@ -345,7 +355,9 @@ def _vgg16(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
     model = model.eval().requires_grad_(False).to(device)
     normalise = _imagenet_normalisation(device)
     title = "VGG16, fc2"
-    return FeatureExtractor("vgg16", title, 224, 4096, lambda pixels: model(normalise(pixels)), _hash_of(model), device)
+    return FeatureExtractor(
+        "vgg16", title, 224, 4096, lambda pixels: model(normalise(pixels)), hash_weights(model), device
+    )
 
 
 def _dinov2(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
@@ -375,7 +387,7 @@ def _dinov2(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
         return model(pixel_values=normalise(pixels)).last_hidden_state[:, 0]
 
     title = f"DINOv2, {config.hidden_size} features, class token"
-    return FeatureExtractor("dinov2", title, 224, config.hidden_size, forward, _hash_of(model), device)
+    return FeatureExtractor("dinov2", title, 224, config.hidden_size, forward, hash_weights(model), device)
 
 
 EXTRACTORS: dict[str, Callable[[str | os.PathLike | None, str], FeatureExtractor]] = {
@@ -391,7 +403,7 @@ def _imagenet_normalisation(device: str) -> Callable[[torch.Tensor], torch.Tenso
     return lambda pixels: (pixels - mean) / std
 
 
-def _hash_of(model: torch.nn.Module) -> str:
+def hash_weights(model: torch.nn.Module) -> str:
     """SHA-256 over names and values: two files with the same weights are the same extractor."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():

@@ -521,7 +521,7 @@ def evaluate_fidelity(
     epochs: int = 6,
     window: str = "1 of the [0, 1] window of each volume is 255",
     cache: str | os.PathLike | None = None,
-    batch_size: int = 32,
+    batch_size: int = 8,
     progress: bool = True,
     seed: int = 0,
 ) -> dict:
@@ -722,7 +722,7 @@ def range_sweep(
     real: np.ndarray,
     generated: np.ndarray,
     white: Sequence[float] = (255.0, 128.0, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0),
-    batch_size: int = 32,
+    batch_size: int = 8,
     progress: bool = True,
 ) -> dict:
     """Fréchet distance of the same two sets of images when white is 255, as the networks expect, down to 1.

@@ -766,8 +766,7 @@ def evaluate_memorization(
     images: np.ndarray,
     structure: torch.Tensor | np.ndarray | None = None,
     modalities: Sequence[str] | None = None,
-    sheet: str | os.PathLike | None = None,
-    sheet_rows: int = 8,
+    num_pairs: int = 8,
     progress: bool = True,
 ) -> dict:
     """Measures how far a set of samples copies the training set, beside held-out subjects as the reference row.
@@ -777,8 +776,7 @@ def evaluate_memorization(
         images: (S, M, H, W), uint8, or float in [0, 1].
         structure: (S, c_s, h, w), as the pipeline gave them; None encodes the images, where the filter has an autoencoder.
         modalities: the M names; all of the filter's if None.
-        sheet: PNG file to write, see [`closest_pairs_sheet`]; None for none.
-        sheet_rows: pairs on it.
+        num_pairs: how many of the closest pairs to list; [`closest_pairs_sheet`] draws them.
         progress: show progress bars.
 
     Returns:
@@ -792,7 +790,7 @@ def evaluate_memorization(
         - `samples`, `held_out` (the half that had no say in the threshold), each: `num`, `refused_share`, `similarity`,
           `similarity_max`, `ratio` (channel → mean, largest, and median over subjects), `ratio_min`, `authenticity`
           (channel → share), `authenticity_mean`
-        - `closest`: list of the `sheet_rows` pairs of highest score: `sample`, `channel`, `train_subject`, `train_slice`,
+        - `closest`: list of the `num_pairs` pairs of highest score: `sample`, `channel`, `train_subject`, `train_slice`,
           `similarity`, `ratio`, `score`, `flip` ([up-down, left-right]), `shift` ([down, right])
     """
     check = memorization_filter.check(images, structure, modalities, progress)
@@ -817,9 +815,9 @@ def evaluate_memorization(
             "authenticity_mean": float(np.mean([v for v in shares.values() if np.isfinite(v)] or [np.nan])),
         }
 
-    pairs = closest_pairs(check, sheet_rows)
+    pairs = closest_pairs(check, num_pairs)
     rate = memorization_filter.false_alarm_rate
-    result = {
+    return {
         "num_samples": len(check.keep),
         "num_train_slices": len(memorization_filter.train.subjects),
         "num_train_subjects": len(set(memorization_filter.train.subjects)),
@@ -848,9 +846,6 @@ def evaluate_memorization(
             for s, c in pairs
         ],
     }
-    if sheet is not None:
-        closest_pairs_sheet(memorization_filter, check, images, sheet, modalities, sheet_rows)
-    return result
 
 
 def closest_pairs(check: CopyCheck, rows: int = 8) -> list[tuple[int, int]]:
@@ -861,40 +856,35 @@ def closest_pairs(check: CopyCheck, rows: int = 8) -> list[tuple[int, int]]:
 
 
 def closest_pairs_sheet(
-    memorization_filter: MemorizationFilter,
-    check: CopyCheck,
+    closest: Sequence[dict],
     images: np.ndarray,
+    train_images: np.ndarray,
+    modalities: Sequence[str],
     path: str | os.PathLike,
-    modalities: Sequence[str] | None = None,
-    rows: int = 8,
 ) -> None:
     """Draws the pairs of highest score: for each a row of the sample, laid over its training slice, and a row of that.
 
     The z_struct pair of a sample is shown by its images, like any other.
 
     Args:
-        memorization_filter: what made `check`.
-        check: about the S samples.
-        images: (S, M, H, W), uint8, or float in [0, 1].
+        closest: `closest` of [`evaluate_memorization`]'s result.
+        images: (S, M, H, W), uint8, or float in [0, 1]: the samples.
+        train_images: (N, M, H, W), uint8: the training slices.
+        modalities: the M names.
         path: PNG file to write.
-        modalities: the M names; all of the filter's if None.
-        rows: number of pairs.
 
     Raises:
         ValueError: if there is no pair to draw.
     """
     images = as_bytes(images, "images")
-    modalities = memorization_filter.modalities if modalities is None else list(modalities)
-    columns = [memorization_filter.modalities.index(name) for name in modalities]
-    pairs = closest_pairs(check, rows)
-    if not pairs:
-        raise ValueError("check has no sample that could be compared: there is no pair to draw.")
+    if not closest:
+        raise ValueError("closest is empty: no sample could be compared, and there is no pair to draw.")
     pictures, names = [], []
-    for s, c in pairs:
-        flips = tuple(axis for axis, flipped in zip((-2, -1), check.flip[s, c], strict=True) if flipped)
-        sample = np.flip(images[s], flips) if flips else images[s]
-        pictures.append(np.roll(sample, check.shift[s, c], axis=(-2, -1)))
-        pictures.append(memorization_filter.train.images[check.nearest[s, c], columns])
-        names.append(f"sample {s}: {check.channels[c]}, ratio {check.ratio[s, c]:.2f}")
-        names.append(f"training: {check.nearest_subjects[s, c]}")
+    for pair in closest:
+        flips = tuple(axis for axis, flipped in zip((-2, -1), pair["flip"], strict=True) if flipped)
+        sample = np.flip(images[pair["sample"]], flips)
+        pictures.append(np.roll(sample, pair["shift"], axis=(-2, -1)))
+        pictures.append(train_images[pair["train_slice"]])
+        names.append(f"synthetic {pair['sample']}: {pair['channel']}, ratio {pair['ratio']:.2f}")
+        names.append(f"training: {pair['train_subject']}")
     contact_sheet(np.stack(pictures) / np.float32(255), None, modalities, names, path)

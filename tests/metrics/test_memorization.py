@@ -180,7 +180,7 @@ def test_authentic_compares_with_the_training_subjects_own_neighbour(image_filte
 
 def test_evaluation_reports_copies_beside_the_held_out_row(image_filter: MemorizationFilter, tmp_path: Path) -> None:
     samples = np.concatenate([heads(4, 7), shifted(heads(60, 0)[[11]], 1, -2)])
-    result = evaluate_memorization(image_filter, samples, sheet=tmp_path / "pairs.png", sheet_rows=2, progress=False)
+    result = evaluate_memorization(image_filter, samples, num_pairs=2, progress=False)
     assert result["refused"] == 1 and result["refused_share"] == 0.2
     assert result["refused_by"] == {"T1": 1, "T2": 1, "WB": 1}
     closest = result["closest"][0]
@@ -188,6 +188,7 @@ def test_evaluation_reports_copies_beside_the_held_out_row(image_filter: Memoriz
     assert closest["flip"] == [False, False] and closest["ratio"] < 0.2
     assert result["samples"]["ratio_min"]["T1"] < 0.2 < result["held_out"]["ratio_min"]["T1"]
     assert result["false_alarm_rate_promised"] == pytest.approx(1 - 0.05 ** (1 / 20))
+    closest_pairs_sheet(result["closest"], samples, image_filter.train.images, NAMES, tmp_path / "pairs.png")
     assert Image.open(tmp_path / "pairs.png").height > 4 * 128  # two pairs, two rows each
 
 
@@ -288,10 +289,8 @@ def test_bad_input_is_refused(image_filter: MemorizationFilter, tiny_autoencoder
         StructureRenderer(tiny_autoencoder, good, modality="PET")
     with pytest.raises(ValueError, match="modality='T1': no slice has it"):
         StructureRenderer(tiny_autoencoder, good, np.array([[False, True, True]] * 4))
-    check = image_filter.check(good[:1])
-    check.score[:] = -np.inf
     with pytest.raises(ValueError, match="no pair to draw"):
-        closest_pairs_sheet(image_filter, check, good[:1], tmp_path / "none.png")
+        closest_pairs_sheet([], good[:1], good, NAMES, tmp_path / "none.png")
 
 
 @pytest.mark.slow

@@ -3,7 +3,13 @@ import sys
 import numpy as np
 import pytest
 
-from dldm_pipeline.metrics.disentanglement import evaluate_disentanglement, modality_probe, pool_structure
+from dldm_pipeline.metrics.disentanglement import (
+    evaluate_disentanglement,
+    modality_probe,
+    pool_structure,
+    structure_agreement,
+    subject_probe,
+)
 from dldm_pipeline.metrics.reconstruction import EncodedSubjects
 
 SUBJECTS = [f"s{i}" for i in range(60)]
@@ -68,11 +74,13 @@ def test_the_rotation_changes_nothing():
 
 
 def test_too_few_subjects_and_no_scikit_learn(monkeypatch):
-    with pytest.raises(ValueError, match="at least 8 subjects"):
-        modality_probe(codes(1.0)[:5], SUBJECTS[:5])
+    for probe in (modality_probe, subject_probe):
+        with pytest.raises(ValueError, match="at least 8 subjects"):
+            probe(codes(1.0)[:5], SUBJECTS[:5])
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(ImportError, match=r"dldm_pipeline\[eval\]"):
-        modality_probe(codes(1.0), SUBJECTS)
+    for probe in (modality_probe, subject_probe):
+        with pytest.raises(ImportError, match=r"dldm_pipeline\[eval\]"):
+            probe(codes(1.0), SUBJECTS)
 
 
 def test_pooling_is_mean_and_deviation():
@@ -81,6 +89,63 @@ def test_pooling_is_mean_and_deviation():
     assert pooled.shape == (3, 2, 10)
     np.testing.assert_allclose(pooled[..., :5], code.mean(axis=(-2, -1)))
     np.testing.assert_allclose(pooled[..., 5:], code.std(axis=(-2, -1)))
+
+
+def test_a_subject_is_found_whatever_sets_the_modalities_apart():
+    probe = subject_probe(codes(100.0), SUBJECTS)
+    assert probe["accuracy"] == probe["auc"] == 1.0
+    assert probe["chance"] == pytest.approx(1 / 60) and probe["features"] == 200
+    pairs = np.array(probe["accuracy_by_pair"])
+    assert np.isnan(np.diag(pairs)).all() and (pairs[~np.eye(4, dtype=bool)] == 1).all()
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_codes_that_know_no_subject_find_none(linear):
+    rng = np.random.default_rng(0)
+    probe = subject_probe(rng.normal(size=(60, 4, 8)) + 5 * rng.normal(size=(1, 4, 8)), SUBJECTS, linear=linear)
+    assert abs(probe["accuracy"] - probe["chance"]) < 0.03
+    assert probe["auc"] == pytest.approx(0.5, abs=0.05)
+    assert probe["chance"] == pytest.approx(1 / 30 if linear else 1 / 60)
+    same = subject_probe(np.ones((60, 4, 8)), SUBJECTS, linear=linear)
+    assert same["accuracy"] == pytest.approx(same["chance"]) and same["auc"] == 0.5
+
+
+def test_the_linear_subject_probe_sees_through_a_rotation():
+    rng = np.random.default_rng(0)
+    turned = np.einsum("sf,mfg->smg", rng.normal(size=(60, 8)), rng.normal(size=(4, 8, 8)))
+    assert subject_probe(turned, SUBJECTS)["accuracy"] < 0.1
+    assert subject_probe(turned, SUBJECTS, linear=True)["accuracy"] > 0.9
+
+
+def test_subject_probe_with_several_slices_and_missing_codes():
+    rng = np.random.default_rng(0)
+    subjects = [f"s{i // 3}" for i in range(120)]
+    content = np.repeat(rng.normal(size=(40, 1, 6)), 3, axis=0) + 0.02 * rng.normal(size=(120, 4, 6))
+    probe = subject_probe(content, subjects)
+    assert probe["accuracy"] == 1.0 and probe["chance"] == pytest.approx(1 / 40)
+    present = np.ones((120, 4), dtype=bool)
+    present[:60, 3], present[:, 2] = False, False
+    content[~present] = np.nan
+    for linear in (False, True):
+        probe = subject_probe(content, subjects, present, linear)
+        assert np.isnan(probe["accuracy_by_pair"][0][2]) and probe["accuracy"] > 0.9
+
+
+def test_structure_agreement_of_known_codes():
+    rng = np.random.default_rng(0)
+    subject, noise = rng.normal(size=(60, 1, 4, 8, 8)), rng.normal(size=(60, 4, 4, 8, 8))
+    assert structure_agreement(np.repeat(subject, 4, axis=1), SUBJECTS)["ratio"] == pytest.approx(0, abs=1e-5)
+    assert structure_agreement(noise, SUBJECTS)["ratio"] == pytest.approx(1, abs=0.03)
+    # Two codes differ by noise of variance 2 x 0.25, two subjects by 2 x 1.25, for each number.
+    result = structure_agreement(subject + 0.5 * noise, SUBJECTS)
+    assert result["ratio"] == pytest.approx((0.25 / 1.25) ** 0.5, abs=0.02)
+    assert result["within"] / result["between"] == pytest.approx(result["ratio"], rel=0.01)
+    scaled = (subject + 0.5 * noise) * np.array([1, 1000, 0.001, 1])[:, None, None]
+    assert structure_agreement(scaled, SUBJECTS)["ratio"] == pytest.approx(result["ratio"])
+    present = np.ones((60, 4), dtype=bool)
+    present[:, 3] = False
+    pairs = np.array(structure_agreement(subject + 0.5 * noise, SUBJECTS, present)["ratio_by_pair"])
+    assert np.isnan(pairs[3]).all() and np.isfinite(pairs[0, 1])
 
 
 def test_the_higher_structure_probe_counts():
@@ -105,3 +170,7 @@ def test_the_higher_structure_probe_counts():
     assert result["structure_full"]["accuracy"] > 0.95 > result["structure_mean"]["accuracy"]
     assert result["structure_accuracy"] == result["structure_full"]["accuracy"]
     assert result["structure_over_chance"] == pytest.approx(100 * (result["structure_accuracy"] - 0.25))
+    assert result["subject_structure_accuracy"] == 1.0
+    assert abs(result["subject_style_over_chance"]) < 3
+    assert result["subject_style_linear"]["chance"] == pytest.approx(1 / 30)
+    assert 0.1 < result["structure_agreement"]["ratio"] < 0.9

@@ -206,7 +206,9 @@ def test_costs_notice_a_style_that_carries_the_subject_and_a_structure_that_need
             value = z_struct[:, 0].mean(dim=(1, 2))[:, None] + z_style[:, :, 0]
             mask = torch.full((len(z_struct), 32, 32), -1.0)
             mask[:, 4:12, 4:12] = 1.0
-            return DisentangledDecoderOutput(sample=value[:, :, None, None].expand(-1, -1, 32, 32), mask=mask)
+            return DisentangledDecoderOutput(
+                sample=value[:, :, None, None].expand(-1, -1, 32, 32), mask=mask, foreground=mask
+            )
 
     clean = evaluate_reconstruction(Renderer(), encoded, progress=False)
     assert clean["psnr_mean"] == pytest.approx(40.0, abs=0.01)

@@ -107,9 +107,10 @@ def test_it_learns_bright_discs(extractor, tmp_path):
 
     write_slices((row(i) for i in range(500)), tmp_path / "data", ("T1", "T2"))
     more = ("--max_train_steps", "1500", "--train_batch_size", "16", "--channels", "64", "32", "16", "16")
-    more += ("--selection_subjects", "100", "--validation_steps", "250", "--ema_decay", "0.99")
+    more += ("--selection_subjects", "100", "--validation_steps", "25", "--ema_decay", "0.99")
     train_stylegan2.main(words(tmp_path / "data", tmp_path / "out", *more), extractor)
     entries = json.loads((tmp_path / "out" / "selection.json").read_text())
+    # The first entry is that of a model that has hardly begun.
     assert min(entry["KID"] for entry in entries) < 0.1 * entries[0]["KID"] or entries[0]["KID"] < 1e-3
     images, masks = StyleGAN2.from_pretrained(tmp_path / "out").sample(64, return_masks=True)
     real = SliceDataset(tmp_path / "data", "validation")

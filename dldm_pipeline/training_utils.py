@@ -532,7 +532,7 @@ def noise_deviation(images: torch.Tensor, foreground: torch.Tensor) -> torch.Ten
     """Deviation of the noise in images (..., H, W), shape (...): that of a filter that answers to little else.
 
     Immerkær, Computer Vision and Image Understanding 64 (1996) 300, eq. 3, with the median in place of the mean, which
-    edges do not move. On simulated subjects it reads 8 to 20 % too much.
+    edges do not move. On simulated subjects it reads a tenth too much (`benchmarks/noise.py`).
 
     Args:
         images: in [0, 1].

@@ -11,21 +11,17 @@ whichever modalities you ask for. All of it is synthetic and not for diagnosis.
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 
-from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
+from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.data.export import check_export_folder, export_subjects
+from dldm_pipeline.example_utils import add_example_arguments, find_pipeline
 from dldm_pipeline.training_utils import clear_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--pipeline",
-        help="pipeline folder, or its name on the Hub (default: the one in the package, simulated contrasts)",
-    )
     parser.add_argument("--num_subjects", type=int, default=8, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other subjects (default: %(default)s)")
     parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which, in which order (default: all it knows)")
@@ -35,29 +31,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_style_inference_steps", type=int, default=10, help="and of each appearance (default: %(default)s)"
     )
-    parser.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="above 1, guidance: twice the time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/generated"), help="folder to create (default: %(default)s)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this script")
+    add_example_arguments(parser, "outputs/generated")
     return parser.parse_args(argv)
-
-
-def find_pipeline(name: str | None) -> Path:
-    """The folder of the bundled pipeline, of one on this machine, or of one that is fetched from the Hub."""
-    folder = BUNDLED_CHECKPOINT if name is None else Path(name)
-    if folder.is_dir():
-        return folder
-    if name is None or name.startswith((".", "/")) or name.count("/") != 1:
-        raise FileNotFoundError(
-            f"--pipeline {folder}: no such folder; give one that train_ldm.py wrote, or owner/name."
-        )
-    return Path(DLDMPipeline.download(name))
 
 
 @clear_errors()

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from generate import find_pipeline
 
 from dldm_pipeline import DLDMTranslationPipeline
 from dldm_pipeline.data.export import SHEET_SUBJECTS, TRANSLATION_NOTICE, check_export_folder, export_subjects
 from dldm_pipeline.data.phantom import SEQUENCES, phantom_rows
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.volumes import find_scans, read_scans
+from dldm_pipeline.example_utils import add_example_arguments, find_pipeline
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 from dldm_pipeline.training_utils import clear_errors
 
@@ -40,10 +40,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "subject_folder", nargs="?", type=Path, metavar="SUBJECT_FOLDER", help="(default: simulated subjects)"
     )
     parser.add_argument(
-        "--pipeline",
-        help="pipeline folder, or its name on the Hub (default: the one in the package, simulated contrasts)",
-    )
-    parser.add_argument(
         "--given",
         nargs="+",
         metavar="NAME",
@@ -52,16 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which to draw (default: those not given)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other appearances (default: %(default)s)")
     parser.add_argument("--num_inference_steps", type=int, default=10, help="denoising steps (default: %(default)s)")
-    parser.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="above 1, guidance: twice the time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/translated"), help="folder to create (default: %(default)s)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this script")
+    add_example_arguments(parser, "outputs/translated")
     return parser.parse_args(argv)
 
 

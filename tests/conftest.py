@@ -1,5 +1,8 @@
 """Small models with fixed random weights, shared by all test files."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -78,3 +81,21 @@ def tiny_pipeline(tiny_autoencoder) -> DLDMPipeline:
 def tiny_map_pipeline() -> DLDMPipeline:
     """`tiny_pipeline` with styles that are maps."""
     return make_pipeline(make_autoencoder("map"))
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    """The module `hub_server.py`; no package holds it."""
+    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
+    hub_server = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hub_server)
+    return hub_server
+
+
+@pytest.fixture
+def hub(hub_server, tmp_path, monkeypatch):
+    """A Hub on localhost that this process talks to, logged in."""
+    (tmp_path / "hub").mkdir()
+    with hub_server.HubServer(tmp_path / "hub") as server:
+        server.use_in_this_process(monkeypatch, tmp_path / "home")
+        yield server

@@ -1,6 +1,5 @@
 """Pipelines on the Hub: what is refused, pushed and pulled, with this package and without it."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,20 +16,8 @@ from dldm_pipeline import DLDMPipeline, DLDMTranslationPipeline, pipeline_dldm
 from dldm_pipeline.hub import push_folder
 from dldm_pipeline.pipeline_dldm import add_modules
 
-spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
-hub_server = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hub_server)
-
 REPO = "tester/brains"
 MODULES = ["autoencoder/autoencoder_disentangled.py", "pipeline.py", "pipeline_dldm.py", "pipeline_dldm_translation.py"]
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    (tmp_path / "hub").mkdir()
-    with hub_server.HubServer(tmp_path / "hub") as server:
-        server.use_in_this_process(monkeypatch, tmp_path / "home")
-        yield server
 
 
 @pytest.fixture
@@ -192,7 +179,7 @@ assert output.modalities == ["T2", "WB"] and numpy.isfinite(output.images).all()
     assert np.array_equal(np.load(tmp_path / "images.npy"), images(tiny_pipeline))
 
 
-def test_a_private_repository_needs_the_token(hub, folder, monkeypatch):
+def test_a_private_repository_needs_the_token(hub_server, hub, folder, monkeypatch):
     push_folder(folder, REPO, private=True)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(RepositoryNotFoundError):

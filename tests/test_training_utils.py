@@ -1,5 +1,4 @@
 import errno
-import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -353,10 +352,7 @@ def test_the_model_card_says_what_it_must(tmp_path):
     assert "![Caption](samples.png)" in text and "Not for diagnosis" in text
 
 
-def test_a_push_uploads_the_folder_and_a_failing_one_is_a_clear_error(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
-    hub_server = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hub_server)
+def test_a_push_uploads_the_folder_and_a_failing_one_is_a_clear_error(hub_server, tmp_path, monkeypatch):
     for path in ("brains/model.safetensors", "brains/checkpoint-10/model.safetensors", "hub/empty"):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_bytes(b"x")

@@ -92,7 +92,6 @@ def build_parser() -> TrainingParser:
     loss.add_argument("--edge_weight", type=float, default=0.5, help="weight of the gradient term")
     loss.add_argument("--spectrum_weight", type=float, default=0.05, help="weight of the power spectrum's log ratio")
     loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
-    loss.add_argument("--foreground_weight", type=float, default=0.1, help="weight of cross-entropy of the foreground")
     loss.add_argument("--agreement_weight", type=float, default=0.3, help="weight of subset structure against full")
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser
@@ -415,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
         "edge": args.edge_weight,
         "spectrum": args.spectrum_weight,
         "mask": args.mask_weight,
-        "foreground": args.foreground_weight,
+        "foreground": 0.1,
         "agreement": args.agreement_weight,
         "kl": args.kl_weight,
     }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 
 from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.data.phantom import phantom_rows
@@ -27,20 +28,9 @@ def load(name: str, path: Path):
     return module
 
 
-hub_server = load("hub_server", ROOT / "tests" / "hub_server.py")
-
-
 @pytest.fixture(scope="module")
 def push_to_hub():
     return load("push_to_hub", ROOT / "examples" / "push_to_hub.py")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    (tmp_path / "hub").mkdir()
-    with hub_server.HubServer(tmp_path / "hub") as server:
-        server.use_in_this_process(monkeypatch, tmp_path / "home")
-        yield server
 
 
 @pytest.fixture
@@ -136,15 +126,16 @@ def test_a_data_set_comes_back_as_it_went(push_to_hub, hub, tmp_path):
     push_to_hub.main(["--dataset", str(tmp_path / "data"), "--repo_id", REPO])
     assert len(hub.repos["datasets", REPO].commits) == 2 and ("models", REPO) not in hub.repos
     code = (
-        "import sys, torch\nfrom dldm_pipeline.data.slices import SliceDataset\n"
-        "torch.save([item['images'] for item in SliceDataset(sys.argv[1], 'validation')], sys.argv[2])"
+        "import sys\nfrom safetensors.torch import save_file\nfrom dldm_pipeline.data.slices import SliceDataset\n"
+        "items = SliceDataset(sys.argv[1], 'validation')\n"
+        "save_file({str(i): item['images'] for i, item in enumerate(items)}, sys.argv[2])"
     )
-    arguments = [sys.executable, "-c", code, REPO, tmp_path / "pulled.pt"]
+    arguments = [sys.executable, "-c", code, REPO, tmp_path / "pulled.safetensors"]
     done = subprocess.run(arguments, env=hub.environment(tmp_path / "other-home"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pulled, went = torch.load(tmp_path / "pulled.pt"), SliceDataset(tmp_path / "data", "validation")
+    pulled, went = load_file(tmp_path / "pulled.safetensors"), SliceDataset(tmp_path / "data", "validation")
     assert len(pulled) == len(went) == 3
-    assert all(torch.equal(images, item["images"]) for images, item in zip(pulled, went, strict=True))
+    assert all(torch.equal(pulled[str(i)], went[i]["images"]) for i in range(3))
 
 
 @pytest.mark.parametrize(

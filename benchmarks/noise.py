@@ -1,0 +1,72 @@
+"""What the measured noise is worth, and what the denoiser costs: Fréchet distance of rebuilt and of generated subjects.
+
+    python benchmarks/noise.py
+
+Printed as Markdown tables, for the bundled pipeline: the noise that `noise_deviation` reads in simulated images over the one
+that was put in; and Fréchet distance (EfficientNet-Lite0) and precision of four sets of subjects, each against the same other
+simulated ones.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
+from dldm_pipeline.data.phantom import simulate_subject
+from dldm_pipeline.metrics.features import load_extractor, to_uint8
+from dldm_pipeline.metrics.fidelity import frechet_distance, neighbour_scores
+from dldm_pipeline.training_utils import clear_errors, noise_deviation
+
+REAL_SEED, OTHER_SEED = 977_001, 977_003  # the subjects of examples/evaluate.py, and others
+
+
+@clear_errors()
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=BUNDLED_CHECKPOINT, help="folder (default: the bundled one)")
+    parser.add_argument("--num_subjects", type=int, default=100, help="in each set (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    pipeline = DLDMPipeline.from_pretrained(args.pipeline)
+    autoencoder, names = pipeline.autoencoder, list(pipeline.autoencoder.config.modalities)
+    size, count = autoencoder.config.sample_size, args.num_subjects
+    real, others = (
+        [simulate_subject((seed, i), size, names) for i in range(count)] for seed in (REAL_SEED, OTHER_SEED)
+    )
+    images = torch.from_numpy(np.stack([subject.images for subject in others]))
+    read = noise_deviation(images, (images > 0).any(dim=1, keepdim=True)).mean(dim=0)
+    true = np.mean([subject.factors["noise"] for subject in others])
+    print(f"| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
+    print(f"| noise read / put in | {' | '.join(f'{value / true:.2f}' for value in read)} |\n", flush=True)
+
+    posterior = autoencoder.encode(images)
+    latents = {"structure": posterior.structure_dist.mode(), "styles": posterior.style_dist.mode()}
+    sets = {"other simulated subjects": images.numpy()}
+    for title, given, noise_scale in (
+        ("the same, rebuilt, with noise", latents, 1.0),
+        ("the same, rebuilt, without noise", latents, 0.0),
+        ("generated, with noise", {}, 1.0),
+    ):
+        generators = [torch.Generator().manual_seed(i) for i in range(count)]
+        options = {"noise_scale": noise_scale, "generator": generators, "output_type": "np"}
+        sets[title] = pipeline(count, **given, **options).images
+    extractor = load_extractor("efficientnet-lite0")
+    known = [
+        extractor(to_uint8(np.stack([subject.images[m] for subject in real])), progress=False)
+        for m in range(len(names))
+    ]
+    print(f"| distance (precision) | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
+    for title, pictures in sets.items():
+        cells = []
+        for m in range(len(names)):
+            features = extractor(to_uint8(pictures[:, m]), progress=False)
+            precision = neighbour_scores(known[m], features)["precision"]
+            cells.append(f"{frechet_distance(known[m], features):.0f} ({precision:.2f})")
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What the example scripts share: where a pipeline comes from, and where its subjects go."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
+
+
+def add_example_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add `--pipeline`, `--guidance_scale`, `--device`, `--output` (default: `output`) and `--overwrite`."""
+    parser.add_argument(
+        "--pipeline",
+        help="pipeline folder, or its name on the Hub (default: the one in the package, simulated contrasts)",
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="above 1, guidance: twice the time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder to create (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this script")
+
+
+def find_pipeline(name: str | None) -> Path:
+    """The folder of the bundled pipeline, of one on this machine, or of one that is fetched from the Hub.
+
+    Raises:
+        FileNotFoundError: `name` is neither a folder nor owner/name.
+    """
+    folder = BUNDLED_CHECKPOINT if name is None else Path(name)
+    if folder.is_dir():
+        return folder
+    if name is None or name.startswith((".", "/")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"--pipeline {folder}: no such folder; give one that train_ldm.py wrote, or owner/name."
+        )
+    return Path(DLDMPipeline.download(name))

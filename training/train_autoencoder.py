@@ -5,7 +5,8 @@
     accelerate launch training/train_autoencoder.py --dataset DATA --denoiser PIPELINE   # once more after train_ldm.py
 
 The loss is that of Na et al. (MIDL 2023), with its four strategies, and what this package adds: structure from any subset of
-modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure.
+modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure. With `--denoiser`
+a discriminator (Rombach et al., CVPR 2022, use one, too) compares what is decoded with real subjects.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -21,6 +23,15 @@ from tqdm.auto import tqdm
 from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.discriminator import (
+    Discriminator,
+    default_channels,
+    discriminator_loss,
+    generator_loss,
+    r1_penalty,
+    to_channels,
+    translate,
+)
 from dldm_pipeline.hub import write_model_card
 from dldm_pipeline.muon import make_optimizers
 from dldm_pipeline.training_utils import (
@@ -48,6 +59,8 @@ from dldm_pipeline.training_utils import (
 PRESETS = Path(__file__).parent / "configs"
 DENOISED_FROM = 0.5  # latest time a structure is denoised from, of the schedule's length: its anatomy stays its own
 DENOISING_STEPS = 4
+GENERATING_STEPS = 25
+R1_GAMMA, R1_INTERVAL = 0.1, 16  # of the penalty on the discriminator's gradient, and steps between two of them
 
 
 def build_parser() -> TrainingParser:
@@ -77,9 +90,12 @@ def build_parser() -> TrainingParser:
     )
     model.add_argument(
         "--denoiser",
-        help="pipeline folder to sharpen: half of the structures are decoded as its denoiser returns them from some noise, "
-        "so that the decoder learns to draw what the denoiser leaves soft. Starts from its autoencoder, freezes the "
-        "encoder, and writes the whole pipeline",
+        help="pipeline folder to sharpen: a third of the structures are decoded as its denoiser returns them from some "
+        "noise, and a third are new ones that it draws, so that the decoder learns to draw what the denoiser leaves soft. "
+        "Starts from its autoencoder, freezes the encoder, and writes the whole pipeline",
+    )
+    model.add_argument(
+        "--generated_subjects", type=int, default=2048, help="new structures that the denoiser draws, before training"
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--target_modalities", type=int, default=3, help="modalities decoded each step, drawn at random")
@@ -93,6 +109,13 @@ def build_parser() -> TrainingParser:
     loss.add_argument("--spectrum_weight", type=float, default=0.05, help="weight of the power spectrum's log ratio")
     loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
     loss.add_argument("--agreement_weight", type=float, default=0.3, help="weight of subset structure against full")
+    loss.add_argument(
+        "--adversarial_weight",
+        type=float,
+        default=0.5,
+        help="with --denoiser: pull of the discriminator on the last layer, against that of all other terms; 0 trains none, "
+        "and draws no new structures",
+    )
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser
 
@@ -125,16 +148,23 @@ def draw_style_donors(present: torch.Tensor, probability: float) -> torch.Tensor
 
 
 @torch.no_grad()
-def denoised_structure(
-    pipeline: DLDMPipeline, structure: torch.Tensor, styles: torch.Tensor, present: torch.Tensor
+def denoise_structure(
+    pipeline: DLDMPipeline,
+    structure: torch.Tensor,
+    styles: torch.Tensor,
+    present: torch.Tensor,
+    start: torch.Tensor,
+    num_inference_steps: int,
 ) -> torch.Tensor:
-    """Structures as a pipeline's denoiser returns them: noised to a random time, then a few DDIM steps without noise.
+    """Structures as a pipeline's denoiser returns them: noised to some time, then DDIM steps without noise.
 
     Args:
         pipeline: of the same latents; its schedule must be a v-prediction one.
         structure: (B, c_s, h, w).
         styles: (B, n, c_t) or (B, n, c_t, h, w).
         present: (B, n) bool; each structure is denoised beside the style of one modality that is there.
+        start: (B,) times in [0, 1], of the schedule's length; at 1 nothing is left of the structure given.
+        num_inference_steps: DDIM steps from there.
 
     Returns:
         (B, c_s, h, w), on the scale of `structure`.
@@ -149,11 +179,10 @@ def denoised_structure(
         return values[:, :, None, None].expand(-1, -1, *structure.shape[2:]) if is_vector else values
 
     cumulative = pipeline.scheduler.alphas_cumprod.to(structure)
-    start = torch.rand(len(structure), device=structure.device) * DENOISED_FROM * (len(cumulative) - 1)
     z = torch.cat([autoencoder.normalize_structure(structure), as_map(style)], dim=1)
     noise = torch.cat([torch.randn_like(structure), as_map(torch.randn_like(style))], dim=1)
-    for step in range(DENOISING_STEPS, 0, -1):
-        time = (start * step / DENOISING_STEPS).long()
+    for step in range(num_inference_steps, 0, -1):
+        time = (start * (len(cumulative) - 1) * step / num_inference_steps).long()
         signal = cumulative[time].sqrt()[:, None, None, None]
         deviation = (1 - signal**2).sqrt()
         noisy = signal * z + deviation * noise
@@ -163,6 +192,25 @@ def denoised_structure(
         )
         z, noise = signal * noisy - deviation * velocity, deviation * noisy + signal * velocity
     return autoencoder.denormalize_structure(z[:, :c_s])
+
+
+@torch.no_grad()
+def generate_structures(
+    pipeline: DLDMPipeline, num_subjects: int, batch_size: int = 64, show_progress: bool = True
+) -> torch.Tensor:
+    """New structures (num_subjects, c_s, h, w) that a pipeline's denoiser draws, on the autoencoder's scale."""
+    config, grid = pipeline.autoencoder.config, (pipeline.autoencoder.latent_size,) * 2
+    n, device = pipeline.autoencoder.num_modalities, pipeline.unet.device
+    structures = []
+    starts = range(0, num_subjects, batch_size)
+    for first in tqdm(starts, desc="drawing structures", unit="batch", disable=not show_progress):
+        size = min(batch_size, num_subjects - first)
+        structure = torch.zeros(size, config.structure_channels, *grid, device=device)
+        shape = (config.style_channels, *grid) if config.style_type == "map" else (config.style_channels,)
+        styles, present = torch.zeros(size, n, *shape, device=device), torch.ones(size, n, device=device)
+        start = torch.ones(size, device=device)
+        structures.append(denoise_structure(pipeline, structure, styles, present, start, GENERATING_STEPS))
+    return torch.cat(structures)
 
 
 class DisentangledLoss(torch.nn.Module):
@@ -175,9 +223,11 @@ class DisentangledLoss(torch.nn.Module):
         self.autoencoder = autoencoder
         self.args = args
         self.denoiser = denoiser  # a pipeline is no module: its weights are neither trained nor saved here
+        self.generated = None  # (N, c_s, h, w), structures that the denoiser drew
         self.errors = None  # running squared error of each modality
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """The terms, and what was decoded as the discriminator sees it, (B, n + 1, H, W); `None` without `generated`."""
         images, present, args = batch["images"], batch["present"], self.args
         batch_size, n = present.shape
         device = images.device
@@ -193,48 +243,104 @@ class DisentangledLoss(torch.nn.Module):
 
         from_subset = torch.rand(batch_size, 1, 1, 1, device=device) < args.subset_probability
         structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())
+        paired = batch_size  # subjects whose images are known, the first of the batch
         if self.denoiser is not None:
-            half = slice((batch_size + 1) // 2)
-            denoised = denoised_structure(self.denoiser, structure[half], full.style_dist.mode()[half], present[half])
-            structure = torch.cat([denoised, structure[half.stop :]])
+            part = slice((batch_size + 1) // 2 if self.generated is None else (batch_size + 2) // 3)
+            start = torch.rand(part.stop, device=device) * DENOISED_FROM
+            mode = full.style_dist.mode()[part]
+            denoised = denoise_structure(self.denoiser, structure[part], mode, present[part], start, DENOISING_STEPS)
+            structure = torch.cat([denoised, structure[part.stop :]])
+        if self.generated is not None:
+            paired = batch_size - batch_size // 3
+            drawn = torch.randint(len(self.generated), (batch_size - paired,), device=device)
+            structure = torch.cat([structure[:paired], self.generated[drawn]])
         # Strategy 4: the loss is averaged over modalities drawn at random, the ones rebuilt worst the most often.
         if self.errors is None:
             self.errors = torch.ones(n, device=device)
-        chosen = torch.multinomial(self.errors**2, min(args.target_modalities, n))
+        count = n if self.generated is not None else min(args.target_modalities, n)
+        chosen = torch.multinomial(self.errors**2, count).sort().values
         output = self.autoencoder.decode(structure, styles[:, chosen])
-        targets, weight = targets[:, chosen], present[:, chosen, None, None].float()
+        decoded = None
+        if self.generated is not None:
+            level = torch.tensor(self.autoencoder.config.noise_level, device=device)[:, None, None]
+            noisy = output.sample + level * torch.randn_like(output.sample) * output.foreground.sigmoid()[:, None]
+            decoded = to_channels(noisy.clamp(0, 1), present, output.mask.sigmoid() * batch["has_mask"][:, None, None])
+
+        sample, logits, targets = output.sample[:paired], output.mask[:paired], targets[:paired, chosen]
+        foreground, weight = foreground[:paired], present[:paired, chosen, None, None].float()
         weight = weight / weight.mean().clamp(min=1e-6)
-        squared = (weight * (output.sample - targets) ** 2).mean(dim=(0, 2, 3))
+        squared = (weight * (sample - targets) ** 2).mean(dim=(0, 2, 3))
         self.errors[chosen] = self.errors[chosen].lerp(squared.detach().float().clamp(min=1e-5), 0.02)
 
         mode, subset_mode = full.structure_dist.mode().detach(), some.structure_dist.mode()
         spread = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
-        known, mask = batch["has_mask"].float()[:, None, None], batch["mask"]
-        probability = output.mask.sigmoid() * known
+        known, mask = batch["has_mask"][:paired].float()[:, None, None], batch["mask"][:paired]
+        probability = logits.sigmoid() * known
         dice = (2 * (probability * mask).sum(dim=(1, 2)) + 1) / ((probability + mask * known).sum(dim=(1, 2)) + 1)
         # Tumour is about 2 % of the pixels: Dice keeps "no tumour" from being an answer, cross-entropy gives it edges.
-        cross_entropy = F.binary_cross_entropy_with_logits(output.mask, mask, weight=known.expand_as(mask))
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, mask, weight=known.expand_as(mask))
         # Durall et al. (CVPR 2020): what a squared error leaves out shows as missing power in the outer rings.
         spectrum = torch.zeros((), device=device)
         if args.spectrum_weight:
             # Noise is no business of the decoder's: what is compared has as much of it as the target.
             noise = noise_deviation(targets, foreground[:, None]).nan_to_num()[..., None, None] * foreground[:, None]
-            noisy = output.sample + noise * torch.randn_like(targets)
+            noisy = sample + noise * torch.randn_like(targets)
             ratio = (radial_power(noisy) + 1e-4).log() - (radial_power(targets) + 1e-4).log()
             spectrum = (weight[..., 0] * ratio.abs()).mean()
-        return {
-            "l1": (weight * (output.sample - targets).abs()).mean(),
+        terms = {
+            "l1": (weight * (sample - targets).abs()).mean(),
             "mse": squared.mean(),
-            "edge": sum(
-                (weight * (a - b).abs()).mean() for a, b in zip(edges(output.sample), edges(targets), strict=True)
-            ),
+            "edge": sum((weight * (a - b).abs()).mean() for a, b in zip(edges(sample), edges(targets), strict=True)),
             "spectrum": spectrum,
             "mask": 10 * cross_entropy + (1 - dice).mean(),
-            "foreground": F.binary_cross_entropy_with_logits(output.foreground, foreground.float()),
+            "foreground": F.binary_cross_entropy_with_logits(output.foreground[:paired], foreground.float()),
             "agreement": ((subset_mode - mode) ** 2 / spread).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()
             + full.style_dist.kl().mean() / styles[0, 0].numel(),
         }
+        return terms, decoded
+
+
+class Adversary:
+    """The discriminator, its training, and how hard it pulls at the decoder."""
+
+    def __init__(self, model: DisentangledAutoencoder, accelerator: Accelerator, clock: TrainingClock, args):
+        size = model.config.sample_size
+        self.network = Discriminator(model.num_modalities + 1, size, default_channels(size))
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=args.learning_rate, betas=(0.0, 0.99))
+        clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
+        self.judge, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.accelerator, self.step, self.balance = accelerator, 0, None
+        self.last_layer = model.head_out[-1].weight
+
+    def learn(self, real: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        """One step of the discriminator on subjects (B, n + 1, H, W), real and decoded ones; returns its loss."""
+        penalised = self.step % R1_INTERVAL == 0
+        self.step += 1
+        real = translate(real)
+        real_logits = self.judge(real.requires_grad_(penalised))
+        loss = value = discriminator_loss(real_logits, self.judge(translate(decoded.detach())))
+        if penalised:
+            loss = loss + 0.5 * R1_GAMMA * R1_INTERVAL * r1_penalty(real_logits, real)
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    def pull(self, decoded: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """The decoder's adversarial term, as long a gradient at its last layer as that of the other terms `others`.
+
+        Source: Esser et al., "Taming Transformers" (CVPR 2021), equation 7; measured now and then, as it moves slowly.
+        """
+        self.network.requires_grad_(False)
+        loss = generator_loss(self.network(translate(decoded)))
+        self.network.requires_grad_(True)
+        if self.balance is None or self.step % R1_INTERVAL == 0:
+            lengths = [
+                torch.autograd.grad(term, self.last_layer, retain_graph=True)[0].norm() for term in (others, loss)
+            ]
+            self.balance = lengths[0] / lengths[1].clamp(min=1e-8)
+        return self.balance * loss
 
 
 @torch.no_grad()
@@ -405,6 +511,12 @@ def main(argv: list[str] | None = None) -> None:
         clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
     start_trackers(accelerator, "dldm-autoencoder", args)
     clock.start()
+    adversary = None
+    if denoiser is not None and args.adversarial_weight:
+        adversary = Adversary(model, accelerator, clock, args)
+        accelerator.unwrap_model(objective).generated = generate_structures(
+            denoiser, args.generated_subjects, show_progress=accelerator.is_main_process
+        )
     if args.resume_from_checkpoint:
         load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, clock, ema)
 
@@ -426,8 +538,15 @@ def main(argv: list[str] | None = None) -> None:
             if torch.rand(()) < 0.5:
                 batch["images"], batch["mask"] = batch["images"].flip(-1), batch["mask"].flip(-1)
             with accelerator.accumulate(objective):
-                terms = objective(batch)
-                accelerator.backward(sum(weights[name] * term for name, term in terms.items()))
+                terms, decoded = objective(batch)
+                loss = sum(weights[name] * term for name, term in terms.items())
+                if adversary is not None:
+                    mask = batch["mask"] * batch["has_mask"][:, None, None]
+                    real = to_channels(batch["images"], batch["present"], mask)
+                    terms["discriminator"] = adversary.learn(real, decoded)
+                    terms["adversarial"] = adversary.pull(decoded, loss)
+                    loss = loss + args.adversarial_weight * terms["adversarial"]
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 for optimizer in optimizers:

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.slices import write_slices
+from dldm_pipeline.training_utils import TrainingClock
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_autoencoder.py"
 spec = importlib.util.spec_from_file_location("train_autoencoder", SCRIPT)
@@ -165,8 +167,40 @@ def test_denoised_structures_are_the_clean_ones_if_the_denoiser_is_right(tiny_pi
     pipeline = Namespace(autoencoder=model, unet=Oracle(clean, scheduler), scheduler=scheduler)
     present = torch.rand(6, n) < 0.5
     present[:, 0] |= ~present.any(dim=1)
-    denoised = train_autoencoder.denoised_structure(pipeline, structure, styles, present)
+    start = torch.rand(6) / 2
+    denoised = train_autoencoder.denoise_structure(pipeline, structure, styles, present, start, 4)
     torch.testing.assert_close(denoised, structure, rtol=1e-3, atol=1e-3)
+    # From the last time on, nothing but the denoiser knows it.
+    other = torch.randn_like(structure)
+    generated = train_autoencoder.denoise_structure(pipeline, other, styles, present, torch.ones(6), 4)
+    torch.testing.assert_close(generated, structure, rtol=1e-3, atol=1e-3)
+
+
+def test_structures_are_generated_in_batches(tiny_pipeline):
+    torch.manual_seed(0)
+    structures = train_autoencoder.generate_structures(tiny_pipeline, 5, batch_size=2, show_progress=False)
+    config, grid = tiny_pipeline.autoencoder.config, tiny_pipeline.autoencoder.latent_size
+    assert structures.shape == (5, config.structure_channels, grid, grid) and structures.isfinite().all()
+    assert (structures[0] - structures[4]).abs().max() > 0.1
+
+
+def test_the_discriminator_learns_and_its_pull_is_balanced():
+    """It tells noise from grey after some steps, and its gradient at the last layer is as long as the others'."""
+    torch.manual_seed(0)
+    model = DisentangledAutoencoder(modalities=["T1"], sample_size=16, head_channels=8)
+    args = Namespace(learning_rate=2e-3, lr_scheduler="constant", lr_warmup_steps=0)
+    adversary = train_autoencoder.Adversary(model, Accelerator(), TrainingClock(1000), args)
+    losses = [adversary.learn(torch.randn(8, 2, 16, 16), torch.zeros(8, 2, 16, 16)).item() for _ in range(40)]
+    assert losses[0] > 1 and losses[-1] < 0.1
+
+    z_struct, z_style = torch.randn(4, 16, 2, 2), torch.randn(4, 1, 8)
+    sample = model.decode(z_struct, z_style).sample
+    others = 7 * sample.square().mean()
+    pull = adversary.pull(sample.repeat(1, 2, 1, 1), others)
+    lengths = [torch.autograd.grad(term, adversary.last_layer, retain_graph=True)[0].norm() for term in (others, pull)]
+    # The two differ by the random shift of what the discriminator sees.
+    assert 0.3 < lengths[1] / lengths[0] < 3
+    assert all(parameter.requires_grad for parameter in adversary.network.parameters())
 
 
 def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_path):
@@ -185,18 +219,22 @@ def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_pa
     start = [f"--init_from={tmp_path / 'pipeline'}", *more, "--learning_rate=1e-12", "--no-use_ema"]
     train_autoencoder.main(words(data, tmp_path / "same", *start))
     train_autoencoder.main(words(data, tmp_path / "second", f"--denoiser={tmp_path / 'pipeline'}", *more))
+    plain = [f"--denoiser={tmp_path / 'pipeline'}", *more, "--adversarial_weight=0"]
+    train_autoencoder.main(words(data, tmp_path / "plain", *plain))
     same = DisentangledAutoencoder.from_pretrained(tmp_path / "same")
     sharpened = DLDMPipeline.from_pretrained(tmp_path / "second")
     second = sharpened.autoencoder
+    plain = DLDMPipeline.from_pretrained(tmp_path / "plain").autoencoder
     for name, weight in sharpened.unet.state_dict().items():
         assert torch.equal(weight, unet.state_dict()[name])
     assert same.config.decoder_blocks == second.config.decoder_blocks == 3 > first.config.decoder_blocks
     images = torch.rand(2, first.num_modalities, first.config.sample_size, first.config.sample_size)
     with torch.no_grad():
-        outputs = [model.eval()(images).sample for model in (first, same, second)]
+        outputs = [model.eval()(images).sample for model in (first, same, second, plain)]
         structures = [model.encode(images).structure_dist.mode() for model in (first, second)]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-4)
     assert not torch.allclose(outputs[0], outputs[2], rtol=0, atol=1e-4)
+    assert not torch.allclose(outputs[2], outputs[3], rtol=0, atol=1e-4)
     torch.testing.assert_close(*structures, rtol=0, atol=1e-5)
 
     same.register_to_config(structure_shift=[9.0] * channels)

@@ -28,16 +28,17 @@ from baseline_utils import (
     read_slices,
 )
 from PIL import Image
-from stylegan2 import (
+from stylegan2 import StyleGAN2
+from tqdm.auto import tqdm
+
+from dldm_pipeline.discriminator import (
     Discriminator,
-    StyleGAN2,
     discriminator_loss,
     generator_loss,
     r1_penalty,
+    to_channels,
     translate,
 )
-from tqdm.auto import tqdm
-
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,
@@ -130,20 +131,16 @@ def draw_batch(slices: Slices, size: int, conditional: bool) -> tuple[torch.Tens
     """
     device = slices.images.device
     rows = torch.randint(len(slices), (size,), device=device)
-    labels = None
+    labels, masks = None, None
     if conditional:
         labels = torch.multinomial(slices.present[rows].float(), 1)[:, 0]
-        images = slices.images[rows, labels][:, None].float()
+        images, present = slices.images[rows, labels][:, None], torch.ones(size, 1, dtype=torch.bool, device=device)
     else:
-        images = slices.images[rows].float()
-        if slices.masks is not None:
-            # A mask of nothing but 0 and 1 gives every generated one away; with soft edges there is something to learn.
-            mask = torch.nn.functional.pad(slices.masks[rows][:, None].float(), [1] * 4, mode="replicate")
-            taps = mask.new_tensor([0.25, 0.5, 0.25])
-            mask = torch.nn.functional.conv2d(mask, (taps[:, None] * taps)[None, None])
-            images = torch.cat([images, mask], dim=1)
+        images, present = slices.images[rows], slices.present[rows]
+        masks = None if slices.masks is None else slices.masks[rows].float()
+    images = to_channels(images.float(), present, masks)
     mirrored = torch.rand(size, 1, 1, 1, device=device) < 0.5
-    return torch.where(mirrored, images.flip(-1), images) * 2 - 1, labels
+    return torch.where(mirrored, images.flip(-1), images), labels
 
 
 def make_adam(model: torch.nn.Module, args: argparse.Namespace, interval: int = 0) -> torch.optim.Adam:

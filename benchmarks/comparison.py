@@ -1,0 +1,125 @@
+"""The comparison of docs/comparison.md: DLDM, StyleGAN2 and plain latent diffusion, trained for equal time, then measured.
+
+    python benchmarks/comparison.py                                   # simulated subjects, 64x64: three hours and a half
+    python benchmarks/comparison.py --systems DLDM                    # one of them; run it again for the others
+    python benchmarks/comparison.py --minutes 120 --num_subjects 2000
+
+The paper (Na et al., MIDL 2023) compares DLDM with StyleGAN2 by 1,000 generated samples each. Here all see the same training
+subjects for the same wall-clock minutes; DLDM's are shared by its three trainings (autoencoder, denoiser, decoder). Nothing
+else should run beside; minutes of processor time, which show it if something did, go to OUTPUT_DIR/minutes.json. A training
+that was interrupted goes on where it was, and one that is done is left alone. The report is OUTPUT_DIR/evaluation/report.md.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dldm_pipeline.training_utils import clear_errors, make_output_dir, phantom_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+# Of DLDM's minutes; measured: what limits it is the denoiser, then the decoder.
+SHARES = {"autoencoder": 0.28, "ldm": 0.42, "dldm": 0.3}
+
+
+def trainings(folder: Path, minutes: float) -> dict[str, dict[str, list[str]]]:
+    """Of each system, the output folders and the commands that fill them, in order."""
+    script = str(ROOT / "training" / "train_autoencoder.py")
+    times = {name: [f"--max_train_minutes={share * minutes:g}"] for name, share in SHARES.items()}
+    return {
+        "DLDM": {
+            "autoencoder": [script, "--config=autoencoder_64", *times["autoencoder"]],
+            "ldm": [
+                str(ROOT / "training" / "train_ldm.py"),
+                f"--autoencoder={folder / 'autoencoder'}",
+                f"--cache_dir={folder / 'cache'}",
+                "--conditional_share=0.15",
+                "--ema_decay=0.998",
+                *times["ldm"],
+            ],
+            "dldm": [
+                script,
+                "--config=autoencoder_64",
+                f"--denoiser={folder / 'ldm'}",
+                "--learning_rate=1e-3",
+                "--spectrum_weight=0.4",
+                "--adversarial_weight=1",
+                *times["dldm"],
+            ],
+        },
+        "StyleGAN2": {
+            "stylegan2": [
+                str(ROOT / "training" / "baselines" / "train_stylegan2.py"),
+                f"--max_train_minutes={minutes:g}",
+            ]
+        },
+        "plain LDM": {
+            "plain_ldm": [
+                str(ROOT / "training" / "baselines" / "train_plain_ldm.py"),
+                f"--max_train_minutes={minutes:g}",
+            ]
+        },
+    }
+
+
+def is_done(output: Path) -> bool:
+    """Whether a training came to its end: it writes its card last."""
+    return (output / "README.md").is_file()
+
+
+def train(command: list[str], data: Path, output: Path, log: Path) -> None:
+    """Run one training to its end, if it is not there, and note its minutes by the clock and by the processor.
+
+    Raises:
+        RuntimeError: it failed; its own message stands above.
+    """
+    if is_done(output):
+        print(f"{output}: done before")
+        return
+    words = [*command, f"--dataset={data}", f"--output_dir={output}", "--resume_from_checkpoint=latest"]
+    print(f"{output}: {' '.join(words)}", flush=True)
+    started, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *words]).returncode:
+        raise RuntimeError(f"{words[0]} failed; run this command again to go on from its last checkpoint")
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime
+    minutes = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else {}
+    minutes[output.name] = {
+        "clock": round((time.monotonic() - started) / 60, 1),
+        "processor": round(processor / 60, 1),
+    }
+    unfinished = log.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(minutes, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(log)
+
+
+@clear_errors()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    names = list(trainings(Path(), 1))
+    parser.add_argument("--systems", nargs="+", choices=names, default=names, help="(default: all, in turn)")
+    parser.add_argument("--minutes", type=float, default=60, help="of training, each system (default: %(default)s)")
+    parser.add_argument("--phantom_subjects", type=int, default=8000, help="simulated, a fifth held out (%(default)s)")
+    parser.add_argument("--num_subjects", type=int, default=1000, help="to generate and compare (default: %(default)s)")
+    parser.add_argument("--output_dir", default="outputs/comparison", help="a folder each goes here (%(default)s)")
+    args = parser.parse_args(argv)
+
+    folder = make_output_dir(args.output_dir)
+    data = phantom_dataset(args.phantom_subjects, 64, root=folder)
+    for name in args.systems:
+        for output, command in trainings(folder, args.minutes)[name].items():
+            train(command, data, folder / output, folder / "minutes.json")
+    baselines = [folder / output for output in ("stylegan2", "plain_ldm") if is_done(folder / output)]
+    if is_done(folder / "dldm"):
+        words = [f"--pipeline={folder / 'dldm'}", f"--dataset={data}", f"--num_subjects={args.num_subjects}"]
+        words += [f"--output={folder / 'evaluation'}", *(["--baselines", *map(str, baselines)] if baselines else [])]
+        subprocess.run([sys.executable, str(ROOT / "examples" / "evaluate.py"), *words], check=True)
+
+
+if __name__ == "__main__":
+    main()

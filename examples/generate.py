@@ -3,10 +3,11 @@
     python examples/generate.py                                            # 8 subjects from the bundled pipeline
     python examples/generate.py --num_subjects 100 --modalities T1 FLAIR --output outputs/hundred
     python examples/generate.py --pipeline outputs/ldm                     # a pipeline that you trained, or one of the Hub
+    python examples/generate.py --format dicom --output outputs/dicom      # or dataset: a data set to train on
 
-The output folder then holds sheet.png to look at, a folder each subject with 16-bit PNG and NIfTI files, and
-manifest.json, which says how to draw the same subjects again. The same seed gives the same subjects, however many and
-whichever modalities you ask for. All of it is synthetic and not for diagnosis.
+The output folder then holds sheet.png to look at, a folder each subject with 16-bit PNG and NIfTI files (or what --format
+says), and manifest.json, which says how to draw the same subjects again. The same seed gives the same subjects, however
+many and whichever modalities you ask for. All of it is synthetic and not for diagnosis.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import time
 import torch
 
 from dldm_pipeline import DLDMPipeline
-from dldm_pipeline.data.export import check_export_folder, export_subjects
+from dldm_pipeline.data.export import FORMATS, check_export_folder, export_subjects
 from dldm_pipeline.example_utils import add_example_arguments, find_pipeline
 from dldm_pipeline.training_utils import clear_errors
 
@@ -31,6 +32,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_style_inference_steps", type=int, default=10, help="and of each appearance (default: %(default)s)"
     )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="nifti",
+        help="nifti: NIfTI and PNG files; dicom: a study each subject; dataset: for training scripts (default: %(default)s)",
+    )
     add_example_arguments(parser, "outputs/generated")
     return parser.parse_args(argv)
 
@@ -39,7 +46,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()
-    check_export_folder(args.output, args.overwrite)
+    try:
+        check_export_folder(args.output, args.overwrite, args.format)
+    except ImportError as error:  # highdicom is an extra
+        raise ValueError(str(error)) from error
     folder = find_pipeline(args.pipeline)
     pipeline = DLDMPipeline.from_pretrained(folder).to(args.device)
     settings = {
@@ -61,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         settings={**settings, "device": args.device, "num_threads": torch.get_num_threads()},
         checkpoint=folder,
         overwrite=args.overwrite,
+        format=args.format,
     )
     subjects, modalities = output.images.shape[:2]
     seconds = time.perf_counter() - started

@@ -1,23 +1,33 @@
-"""Synthetic subjects as files: a folder a subject with 16-bit PNG and NIfTI, every file marked as synthetic.
+"""Synthetic subjects as files, every one of them marked as synthetic.
 
     FOLDER/manifest.json                                     how it was made, and what each file is
     FOLDER/sheet.png                                         the first subjects at a glance, tumour outlined
-    FOLDER/synthetic-0000/synthetic-0000_t1.nii.gz, .png     one pair each modality
-    FOLDER/synthetic-0000/synthetic-0000_seg.nii.gz, .png    the tumour mask
 
-Names are BraTS-like, so what reads BraTS reads this, `training/prepare_dataset.py` included.
+and in format "nifti" or "dicom" a folder a subject,
+
+    FOLDER/synthetic-0000/synthetic-0000_t1.nii.gz, .png     one pair each modality; or .dcm
+    FOLDER/synthetic-0000/synthetic-0000_seg.nii.gz, .png    the tumour mask; or .dcm
+
+or in format "dataset" what `SliceDataset` and the training scripts read:
+
+    FOLDER/README.md                                         a data card
+    FOLDER/data/train-00000-of-00001.parquet, ...            see `dldm_pipeline.data.slices`
+
+Names are BraTS-like, so what reads BraTS reads this; `training/prepare_dataset.py` reads "nifti" and "dicom".
 """
 
+import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -27,9 +37,14 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.data.slices import new_folder
+from dldm_pipeline.data.slices import new_folder, write_slices
+from dldm_pipeline.modalities import MASK
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+FORMATS = ("nifti", "dicom", "dataset")
 NOTICE = "Synthetic image drawn by a generative model. It shows no patient. Not for diagnosis."
 TRANSLATION_NOTICE = (
     "Synthetic image drawn by a generative model from other images of the subject. It was never acquired. "
@@ -50,13 +65,21 @@ def export_subjects(
     pixel_spacing: tuple[float, float] | None = None,
     overwrite: bool = False,
     notice: str = NOTICE,
+    format: str = "nifti",
 ) -> Path:
     """Write the subjects of a pipeline's output, a contact sheet and a manifest.
 
     Everything is written to a hidden folder beside `folder`, which takes its name at the end: it is there complete or not
-    at all. Images hold 0 to 65535 for [0, 1]. NIfTI volumes have one axial slice, centred at the origin, in the
-    orientation that `dldm_pipeline.data.volumes` gives its slices (row 0 anterior, column 0 the patient's right), and
-    carry the notice in `descrip` and in a header extension; PNG files carry it as text.
+    at all. Images hold 0 to 65535 for [0, 1]. NIfTI and DICOM images are one axial slice, centred at the origin, in the
+    orientation that `dldm_pipeline.data.volumes` gives its slices (row 0 anterior, column 0 the patient's right).
+
+    - `"nifti"`: NIfTI, marked in `descrip` and by the notice in a header extension, and 16-bit PNG with the notice as text.
+    - `"dicom"`: one study and one frame of reference a subject, one series of one MR image a modality, and the mask as a
+      DICOM Segmentation. MR rather than Secondary Capture, which has no place in space to overlay the mask by. That none
+      of it was acquired is said by Synthetic Data YES, Image Type DERIVED\\SECONDARY, Content Qualification RESEARCH,
+      Scanning Sequence RM (research mode), Manufacturer, and in words by Patient's Name, Study and Series Description,
+      Derivation Description and the comments. UIDs are new with each export; Patient ID goes with the pixels.
+    - `"dataset"`: rows as `prepare_dataset.py` writes them, split by subject; `source` is the notice.
 
     Args:
         output (`DLDMPipelineOutput`): From a call with `output_type="np"` or `"pt"`.
@@ -69,12 +92,15 @@ def export_subjects(
         overwrite (`bool`, *optional*, defaults to `False`): Replace the export that is in `folder`; other files are
             never replaced.
         notice (`str`, *optional*): What every file says of itself; `TRANSLATION_NOTICE` for what shows a real anatomy.
+        format (`str`, *optional*, defaults to `"nifti"`): One of `"nifti"`, `"dicom"` (needs highdicom), `"dataset"`.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ValueError: If `output` has no float images, not-a-number values, or modality names that give one file name.
+        ValueError: If `output` has no float images, not-a-number values, or modality names that give one file name; or
+            there is no such `format`.
+        ImportError: If `format` is `"dicom"` and highdicom is not installed.
         FileExistsError: If there is something in `folder` that may not be replaced.
         OSError: If `folder` cannot be written, or the disk is full.
     """
@@ -85,15 +111,16 @@ def export_subjects(
         raise ValueError("`output` has no float images to export; call the pipeline with `output_type='np'`.")
     if not np.isfinite(images).all():
         raise ValueError("`output.images` has values that are not numbers: the pipeline's weights are broken.")
-    stems = [re.sub(r"[^a-z0-9]+", "-", name.lower()) for name in output.modalities]
-    if len({*stems, "seg"}) != len(stems) + 1:
+    if len({*map(_stem, output.modalities), "seg"}) != len(output.modalities) + 1:
         raise ValueError(f"The modalities {output.modalities} do not give different file names; rename one.")
-    height, width = masks.shape[1:]
+    images, labels = np.clip(images, 0, 1), (masks > 0).astype(np.uint8)
+    height, width = labels.shape[1:]
     spacing = tuple(float(step) for step in pixel_spacing or (FIELD_OF_VIEW / height, FIELD_OF_VIEW / width))
-    check_export_folder(folder, overwrite)
+    check_export_folder(folder, overwrite, format)
     manifest = {
         "synthetic": True,
         "notice": notice,
+        "format": format,
         "num_subjects": len(images),
         "modalities": list(output.modalities),
         "image_size": [height, width],
@@ -105,22 +132,25 @@ def export_subjects(
         if checkpoint is None
         else {"name": Path(checkpoint).resolve().name, "sha256": checkpoint_hashes(checkpoint)},
         "versions": package_versions(),
-        "subjects": [],
+        "subjects": [
+            {"name": f"synthetic-{k:04d}", "files": {}, "tumour_pixels": int(label.sum())}
+            for k, label in enumerate(labels)
+        ],
     }
     folder = Path(folder).absolute()
     # An export that is to be replaced stays until the new one is complete.
     target = folder.with_name(f".{folder.name}-new-{os.getpid()}") if overwrite and folder.exists() else folder
     with new_folder(target) as temporary:
-        for k, (subject, mask) in enumerate(zip(tqdm(images, desc="export"), masks, strict=True)):
-            name = f"synthetic-{k:04d}"
-            (temporary / name).mkdir()
-            files = {}
-            grey = np.rint(np.clip(subject, 0, 1) * 65535).astype(np.uint16)
-            for modality, stem, image in zip(output.modalities, stems, grey, strict=True):
-                files[modality] = _write_image(temporary, f"{name}/{name}_{stem}", image, image, spacing, notice)
-            label = (mask > 0).astype(np.uint8)
-            files["mask"] = _write_image(temporary, f"{name}/{name}_seg", label, label * 255, spacing, notice)
-            manifest["subjects"].append({"name": name, "files": files, "tumour_pixels": int(label.sum())})
+        subjects = tqdm(list(zip(manifest["subjects"], images, labels, strict=True)), desc="export")
+        if format == "dataset":
+            _write_dataset(temporary, subjects, output.modalities, spacing, notice)
+        else:
+            write = {"nifti": _write_nifti, "dicom": _write_dicom}[format]
+            for entry, subject, label in subjects:
+                (temporary / entry["name"]).mkdir()
+                grey = np.rint(subject * 65535).astype(np.uint16)
+                pictures = dict(zip(output.modalities, grey, strict=True))
+                entry["files"] = write(temporary, entry["name"], pictures, label, spacing, notice)
         names = [subject["name"] for subject in manifest["subjects"][:SHEET_SUBJECTS]]
         shown = slice(0, SHEET_SUBJECTS)
         contact_sheet(images[shown], masks[shown], output.modalities, names, temporary / "sheet.png", outline_all=False)
@@ -133,13 +163,19 @@ def export_subjects(
     return folder
 
 
-def check_export_folder(folder: str | os.PathLike, overwrite: bool = False) -> None:
-    """Complain now rather than after generating if `export_subjects` cannot write `folder`.
+def check_export_folder(folder: str | os.PathLike, overwrite: bool = False, format: str = "nifti") -> None:
+    """Complain now rather than after generating if `export_subjects` cannot write `folder` in this format.
 
     Raises:
+        ValueError: If there is no such format.
+        ImportError: If a package that the format needs is not installed.
         FileExistsError: If it is a file, or holds files and is not an earlier export to be overwritten.
         OSError: If it cannot be created.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is not known; take one of {', '.join(FORMATS)}.")
+    if format == "dicom" and importlib.util.find_spec("highdicom") is None:
+        raise ImportError("writing DICOM needs highdicom: run `pip install highdicom` and try again.")
     folder = Path(folder).absolute()
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
@@ -197,6 +233,20 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def _stem(modality: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", modality.lower())
+
+
+def _write_nifti(
+    root: Path, name: str, pictures: dict[str, np.ndarray], label: np.ndarray, spacing: tuple[float, float], notice: str
+) -> dict[str, dict[str, str]]:
+    files = {
+        modality: _write_image(root, f"{name}/{name}_{_stem(modality)}", image, image, spacing, notice)
+        for modality, image in pictures.items()
+    }
+    return files | {MASK: _write_image(root, f"{name}/{name}_seg", label, label * 255, spacing, notice)}
+
+
 def _write_image(
     root: Path, stem: str, voxels: np.ndarray, pixels: np.ndarray, spacing: tuple[float, float], notice: str
 ) -> dict[str, str]:
@@ -216,3 +266,166 @@ def _write_image(
     nifti.header.extensions.append(nib.nifti1.Nifti1Extension("comment", comment.encode()))
     nib.save(nifti, root / f"{stem}.nii.gz")
     return {"nifti": f"{stem}.nii.gz", "png": f"{stem}.png"}
+
+
+def _write_dicom(
+    root: Path, name: str, pictures: dict[str, np.ndarray], label: np.ndarray, spacing: tuple[float, float], notice: str
+) -> dict[str, dict[str, str]]:
+    from pydicom.uid import generate_uid
+
+    now = datetime.datetime.now()
+    # Subjects of two exports share their names and must not become one patient in an archive.
+    digest = hashlib.sha256(b"".join(image.tobytes() for image in (*pictures.values(), label))).hexdigest()
+    common = {
+        "SpecificCharacterSet": "ISO_IR 192",
+        "PatientName": f"SYNTHETIC^{name}",
+        "PatientID": f"{name}-{digest[:8]}",
+        "PatientBirthDate": "",
+        "PatientSex": "",
+        "PatientComments": notice,
+        "StudyInstanceUID": generate_uid(),
+        "StudyDate": now.strftime("%Y%m%d"),
+        "StudyTime": now.strftime("%H%M%S"),
+        "StudyID": "1",
+        "StudyDescription": "SYNTHETIC, not for diagnosis",
+        "AccessionNumber": "",
+        "ReferringPhysicianName": "",
+        "FrameOfReferenceUID": generate_uid(),
+        "PositionReferenceIndicator": "",
+        "SyntheticData": "YES",
+        "ContentQualification": "RESEARCH",
+    }
+    files, images = {}, []
+    for number, (modality, image) in enumerate(pictures.items(), start=1):
+        images.append(_dicom_image(common, modality, number, image, spacing, notice))
+        files[modality] = {"dicom": f"{name}/{name}_{_stem(modality)}.dcm"}
+        images[-1].save_as(root / files[modality]["dicom"], enforce_file_format=True)
+    files[MASK] = {"dicom": f"{name}/{name}_seg.dcm"}
+    _dicom_segmentation(images, label).save_as(root / files[MASK]["dicom"], enforce_file_format=True)
+    return files
+
+
+def _dicom_image(
+    common: dict[str, str], modality: str, number: int, image: np.ndarray, spacing: tuple[float, float], notice: str
+) -> "Dataset":
+    """A DICOM MR image (PS3.3 A.4) that says of itself that no scanner acquired it."""
+    from pydicom import Dataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+    from pydicom.valuerep import format_number_as_ds
+
+    height, width = image.shape
+    attributes = common | {
+        "SOPClassUID": MRImageStorage,
+        "SOPInstanceUID": generate_uid(),
+        "Modality": "MR",
+        "SeriesInstanceUID": generate_uid(),
+        "SeriesNumber": number,
+        "SeriesDescription": f"SYNTHETIC {modality}, not for diagnosis",
+        "InstanceNumber": 1,
+        "BodyPartExamined": "BRAIN",
+        "Manufacturer": "dldm_pipeline",
+        "ManufacturerModelName": "generative model, no scanner",
+        "SoftwareVersions": package_versions()["dldm_pipeline"],
+        "ImageType": ["DERIVED", "SECONDARY", "OTHER"],
+        "DerivationDescription": notice,
+        "ImageComments": notice,
+        "BurnedInAnnotation": "NO",
+        "LossyImageCompression": "00",
+        # What the standard asks of an MR image; there are no echoes to tell of, and RM is research mode.
+        "ScanningSequence": "RM",
+        "SequenceVariant": "NONE",
+        "ScanOptions": "",
+        "MRAcquisitionType": "2D",
+        "RepetitionTime": None,
+        "EchoTime": None,
+        "EchoTrainLength": None,
+        # DICOM's axes point left and posterior, as the image's columns and rows run.
+        "PatientPosition": "HFS",
+        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+        "ImagePositionPatient": [
+            format_number_as_ds(-(width - 1) / 2 * spacing[1]),
+            format_number_as_ds(-(height - 1) / 2 * spacing[0]),
+            0,
+        ],
+        "PixelSpacing": [format_number_as_ds(step) for step in spacing],
+        "SliceThickness": 1,
+        "SpacingBetweenSlices": 1,
+        "WindowCenter": 32768,
+        "WindowWidth": 65536,
+    }
+    dataset = Dataset()
+    for keyword, value in attributes.items():
+        setattr(dataset, keyword, value)
+    dataset.set_pixel_data(image, "MONOCHROME2", 16)
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    return dataset
+
+
+def _dicom_segmentation(images: list["Dataset"], label: np.ndarray) -> "Dataset":
+    """The mask as a DICOM Segmentation (PS3.3 A.51) of the first of the images, in a series of its own."""
+    import highdicom
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
+
+    first = images[0]
+    segment = highdicom.seg.SegmentDescription(
+        segment_number=1,
+        segment_label="tumour",
+        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+        segmented_property_type=codes.SCT.Neoplasm,
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name="dldm_pipeline", version=first.SoftwareVersions, family=codes.DCM.ArtificialIntelligence
+        ),
+    )
+    segmentation = highdicom.seg.Segmentation(
+        source_images=[first],
+        pixel_array=label[None],
+        segmentation_type="BINARY",
+        segment_descriptions=[segment],
+        series_instance_uid=generate_uid(),
+        series_number=len(images) + 1,
+        series_description="SYNTHETIC tumour segmentation, not for diagnosis",
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer=first.Manufacturer,
+        manufacturer_model_name=first.ManufacturerModelName,
+        software_versions=first.SoftwareVersions,
+        device_serial_number="none",
+        omit_empty_frames=False,
+    )
+    segmentation.SyntheticData = first.SyntheticData
+    segmentation.ContentQualification = first.ContentQualification
+    # highdicom calls the maker of the source images their acquisition equipment; nothing was acquired.
+    del segmentation.ContributingEquipmentSequence[0]
+    return segmentation
+
+
+def _write_dataset(
+    root: Path,
+    subjects: Iterable[tuple[dict, np.ndarray, np.ndarray]],
+    modalities: list[str],
+    spacing: tuple[float, float],
+    notice: str,
+) -> None:
+    rows = (
+        {
+            "subject": entry["name"],
+            "slice_index": 0,
+            **dict(zip(modalities, images, strict=True)),
+            MASK: label,
+            "source": notice,
+            "pixel_spacing": spacing,
+        }
+        for entry, images, label in subjects
+    )
+    write_slices(rows, root, modalities)
+    (root / "README.md").write_text(
+        "---\npretty_name: Synthetic aligned multi-modal brain MRI slices\n"
+        "tags:\n- synthetic\n- mri\n- brain-tumor\n- dldm_pipeline\n---\n\n"
+        f"# Synthetic aligned multi-modal brain MRI slices\n\n{notice}\n\n"
+        f"Modalities: {', '.join(modalities)}, and the tumour mask; 16-bit, 0 to 65535 for [0, 1]. Split by subject.\n"
+        "`manifest.json` says how they were made. Columns: see `dldm_pipeline/data/slices.py`.\n\n"
+        "![contact sheet](sheet.png)\n",
+        encoding="utf-8",
+    )

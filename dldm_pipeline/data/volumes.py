@@ -330,7 +330,7 @@ def _load(scan: Scan, name: str) -> nib.Nifti1Image:
         data = np.asanyarray(image.dataobj) if plain else image.get_fdata(dtype=np.float32)
     except FileNotFoundError as error:
         raise ValueError(f"{path.name} is missing: {path}") from error
-    except (OSError, EOFError, nib.filebasedimages.ImageFileError, ValueError) as error:
+    except (OSError, EOFError, nib.filebasedimages.ImageFileError, ValueError, RuntimeError) as error:
         if isinstance(error, ValueError) and str(error).startswith(path.name):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -347,7 +347,7 @@ def _load(scan: Scan, name: str) -> nib.Nifti1Image:
 
 
 def _load_dicom(folder: Path, uid: str) -> nib.Nifti1Image:
-    """Stack the files of one DICOM series along the normal of their slices."""
+    """Stack the files of one DICOM series along the normal of their slices, or read its one Segmentation."""
     pydicom = _pydicom()
     slices = []
     for path in sorted(folder.iterdir()):
@@ -356,6 +356,10 @@ def _load_dicom(folder: Path, uid: str) -> nib.Nifti1Image:
             if str(dataset.get("SeriesInstanceUID", "")) == uid:
                 slices.append(dataset)
     first = slices[0]
+    if first.get("Modality") == "SEG":
+        if len(slices) > 1:
+            raise ValueError(f"{folder.name} has {len(slices)} DICOM Segmentations in one series; keep one")
+        return _load_segmentation(folder, first)
     if not all("ImagePositionPatient" in item and "ImageOrientationPatient" in item for item in slices):
         raise ValueError(f"{folder.name} is no stack of slices: a file has no ImagePositionPatient")
     along_row, along_column = np.reshape(np.asarray(first.ImageOrientationPatient, dtype=float), (2, 3))
@@ -363,14 +367,18 @@ def _load_dicom(folder: Path, uid: str) -> nib.Nifti1Image:
     slices.sort(key=lambda item: float(np.dot(normal, np.asarray(item.ImagePositionPatient, dtype=float))))
     positions = np.array([item.ImagePositionPatient for item in slices], dtype=float)
     steps = np.diff(positions @ normal)
-    if len(slices) < 2 or steps.min() <= 0 or steps.max() - steps.min() > 0.1 * np.median(steps):
+    if len(slices) == 1:
+        step = normal * float(first.get("SpacingBetweenSlices") or first.get("SliceThickness") or 1)
+    elif steps.min() > 0 and steps.max() - steps.min() <= 0.1 * np.median(steps):
+        step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    else:
         raise ValueError(f"{folder.name} has {len(slices)} slices at uneven distances: one is missing or there twice")
     # DICOM: row spacing first; its axes point left and posterior, NIfTI's right and anterior.
     between_rows, between_columns = (float(value) for value in first.PixelSpacing)
     affine = np.eye(4)
     affine[:3, 0] = along_row * between_columns
     affine[:3, 1] = along_column * between_rows
-    affine[:3, 2] = (positions[-1] - positions[0]) / (len(slices) - 1)
+    affine[:3, 2] = step
     affine[:3, 3] = positions[0]
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     planes = [
@@ -378,6 +386,18 @@ def _load_dicom(folder: Path, uid: str) -> nib.Nifti1Image:
         for item in slices
     ]
     return nib.Nifti1Image(np.stack(planes, axis=-1).astype(np.float32), affine)
+
+
+def _load_segmentation(folder: Path, dataset: Any) -> nib.Nifti1Image:
+    """A DICOM Segmentation as a volume of its segments' numbers, 0 outside."""
+    try:
+        from highdicom.seg import Segmentation
+    except ImportError as error:
+        raise ValueError(
+            f"{folder.name} has a DICOM Segmentation, which needs highdicom to be read: run `pip install highdicom`"
+        ) from error
+    volume = Segmentation.from_dataset(dataset, copy=False).get_volume(combine_segments=True, skip_overlap_checks=True)
+    return nib.Nifti1Image(volume.array, volume.get_affine("RAS"), dtype=volume.array.dtype)
 
 
 def _same_grid(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:

@@ -363,3 +363,41 @@ def test_two_dicom_series_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "p1" / "t1_IM010.dcm").unlink()
     with pytest.raises(ValueError, match="p1 cannot be read|p1 has 23 slices at uneven distances"):
         read_scan(dicom, ["T1"], 32)
+
+
+def test_a_dicom_segmentation_is_the_mask(tmp_path: Path) -> None:
+    highdicom, pydicom = pytest.importorskip("highdicom"), pytest.importorskip("pydicom")
+    from pydicom.sr.codedict import codes
+
+    brain, mask = np.round(make_brain(200)), make_mask()
+    write_series(tmp_path / "dicom" / "a", brain, "AX T1 SE")
+    save(tmp_path / "nifti" / "t1.nii.gz", brain, np.diag([1.0, 1, 2, 1]))
+    save(tmp_path / "nifti" / "seg.nii.gz", mask, np.diag([1.0, 1, 2, 1]))
+    images = [pydicom.dcmread(path) for path in (tmp_path / "dicom" / "a").iterdir()]
+    for item in images:
+        item.PatientID = item.PatientName = item.PatientBirthDate = item.PatientSex = item.AccessionNumber = ""
+        item.StudyID = item.StudyDate = item.StudyTime = item.ReferringPhysicianName = ""
+        item.FrameOfReferenceUID, item.InstanceNumber, item.SliceThickness = "1.2.3", 1, 2
+    segmentation = highdicom.seg.Segmentation(
+        images,
+        np.stack([mask[::-1, ::-1, int(item.ImagePositionPatient[2] / 2)].T > 0 for item in images]),
+        "BINARY",
+        [highdicom.seg.SegmentDescription(1, "t", codes.SCT.Tissue, codes.SCT.Neoplasm, "MANUAL")],
+        *(pydicom.uid.generate_uid(), 2, pydicom.uid.generate_uid(), 1),
+        *("maker", "model", "1", "serial"),
+        series_description="Segmentation",
+    )
+    assert segmentation.NumberOfFrames == 6  # only those with tumour, as is usual
+    (tmp_path / "dicom" / "b").mkdir()
+    segmentation.save_as(tmp_path / "dicom" / "b" / "1.dcm")
+    (scan,) = find_scans(tmp_path / "dicom")
+    assert list(scan.files) == ["T1", "mask"]
+    rows, expected = read_scan(scan, ["T1"], 32)[0], read(tmp_path / "nifti", ("T1",))[0]
+    assert [row["slice_index"] for row in rows] == [row["slice_index"] for row in expected] == list(range(8, 14))
+    for one, other in zip(rows, expected, strict=True):
+        np.testing.assert_array_equal(one["mask"], other["mask"])
+
+    segmentation.SOPInstanceUID = pydicom.uid.generate_uid()
+    segmentation.save_as(tmp_path / "dicom" / "b" / "2.dcm")
+    with pytest.raises(ValueError, match="b has 2 DICOM Segmentations in one series; keep one"):
+        read_scan(scan, ["T1"], 32)

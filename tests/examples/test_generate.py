@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,16 @@ def test_modalities_and_overwrite(generate, pipeline_folder, tmp_path, capsys):
     assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
     generate.main([*words, "--modalities", "WB", "T1", "--overwrite"])
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["modalities"] == ["WB", "T1"]
+
+
+def test_dicom(generate, pipeline_folder, tmp_path, capsys, monkeypatch):
+    words = ["--pipeline", str(pipeline_folder), "--output", str(tmp_path / "out"), "--format", "dicom", *FEW]
+    generate.main(words)
+    assert len(list((tmp_path / "out").glob("synthetic-*/*.dcm"))) == 8
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(SystemExit):
+        generate.main([*words, "--overwrite"])
+    assert "error: writing DICOM needs highdicom" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         ValueError: on an unknown `style_type`, a size that does not divide, or empty or duplicate modality names.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["ResBlock"]
 
     @register_to_config
@@ -148,6 +148,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         noise_level: list[float] | None = None,
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         if (
             not isinstance(modalities, (list, tuple))
             or not modalities
@@ -255,14 +256,11 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
                 f"got {tuple(images.shape)}."
             )
         batch = images.shape[0]
-        condition = self.modality_embedding.weight.repeat(batch, 1)[:, :, None, None]
+        # The module is called, and not its weight read: that is what the hooks of offloading wait for.
+        condition = self.modality_embedding(torch.arange(n, device=images.device)).repeat(batch, 1)[:, :, None, None]
         h = F.pixel_unshuffle(images.reshape(batch * n, 1, size, size), self.config.patch_size)
-        h = self.encoder_in(h)
-        for block in self.encoder_fine:
-            h = block(h, condition)
-        h = self.encoder_down(F.pixel_unshuffle(h, 2))
-        for block in self.encoder_coarse:
-            h = block(h, condition)
+        h = self._run(self.encoder_fine, self.encoder_in(h), condition)
+        h = self._run(self.encoder_coarse, self.encoder_down(F.pixel_unshuffle(h, 2)), condition)
 
         style = self.style_out(h if self.config.style_type == "map" else h.mean(dim=(2, 3), keepdim=True))
         style_dist = StyleDistribution(style, n, self.config.style_type)
@@ -274,16 +272,23 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             if present is not None:
                 if present.shape != (batch, n):
                     raise ValueError(f"`present` must be (subjects, {n}) = ({batch}, {n}), got {tuple(present.shape)}.")
-                if not present.any(dim=1).all():
+                # Compiled, this would break the graph: a program cannot raise by what is in a tensor.
+                if not torch.compiler.is_compiling() and not present.any(dim=1).all():
                     raise ValueError("`present` has a subject without any modality; at least one must be present.")
                 w = w.masked_fill(~present[:, :, None, None, None], float("-inf"))
-            z = (w.softmax(dim=1) * features).sum(dim=1)
-            for block in self.fusion:
-                z = block(z)
+            z = self._run(self.fusion, (w.softmax(dim=1) * features).sum(dim=1))
             mean, logvar = self.structure_out(z).chunk(2, dim=1)
             structure_dist = DiagonalGaussianDistribution(torch.cat([mean - self._offset(present), logvar], dim=1))
             outputs.append(DisentangledEncoderOutput(structure_dist=structure_dist, style_dist=style_dist))
         return outputs
+
+    def _run(self, blocks: nn.ModuleList, h: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = self._gradient_checkpointing_func(block, h, condition)
+            else:
+                h = block(h, condition)
+        return h
 
     def _offset(self, present: torch.Tensor | None) -> torch.Tensor | float:
         # Exact for one modality and (zero) for all; between them it falls with the number k present like an average does.
@@ -322,12 +327,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
                 f"`z_style` must be ({z_struct.shape[0]} subjects, k styles, *{style_shape}), got {tuple(z_style.shape)}."
             )
         batch, k = z_style.shape[:2]
-        h = self.decoder_in(z_struct)
-        for block in self.decoder_coarse:
-            h = block(h)
-        h = F.pixel_shuffle(self.decoder_up(h), 2)
-        for block in self.decoder_fine:
-            h = block(h)
+        h = self._run(self.decoder_coarse, self.decoder_in(z_struct))
+        h = self._run(self.decoder_fine, F.pixel_shuffle(self.decoder_up(h), 2))
         mask = F.pixel_shuffle(self.mask_out(h), self.config.patch_size)[:, 0]
         foreground = F.pixel_shuffle(self.foreground_out(h), self.config.patch_size)
 
@@ -335,9 +336,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         style = self.style_in(style if style.ndim == 4 else style[:, :, None, None])
         if self.config.style_type == "map":
             style = F.interpolate(style, scale_factor=2.0, mode="nearest")
-        h = self.head_in(h).repeat_interleave(k, dim=0)
-        for block in self.head:
-            h = block(h, style)
+        h = self._run(self.head, self.head_in(h).repeat_interleave(k, dim=0), style)
         sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size).reshape(batch, k, *mask.shape[1:])
         sample = sample * foreground.sigmoid()
         if not return_dict:

@@ -6,6 +6,7 @@ given the clean structure (`benchmarks/structure_ways.py` compares this with the
 diffusers only: it is also published as remote code.
 """
 
+import copy
 import inspect
 import json
 import math
@@ -87,11 +88,11 @@ class DLDMPipeline(DiffusionPipeline):
         unet ([`UNet2DModel`]):
             Denoises the latents; `in_channels = out_channels = c_s + c_t`, `num_class_embeds = 2 * (n + 1)`.
         scheduler ([`SchedulerMixin`]):
-            Any scheduler of diffusers whose `step` takes (prediction, timestep, sample) and that was built for the
-            `unet`'s kind of prediction; take it `from_config` of the one that came with the pipeline.
+            Any scheduler of diffusers for denoisers trained on a beta schedule that draws its noise from a generator;
+            take it `from_config` of the one that came with the pipeline.
 
     Raises:
-        ValueError: if the `unet` does not fit the `autoencoder`.
+        ValueError: if the `unet` does not fit the `autoencoder`, or on a scheduler that cannot work.
     """
 
     model_cpu_offload_seq = "unet->autoencoder"
@@ -113,7 +114,10 @@ class DLDMPipeline(DiffusionPipeline):
                     f"The unet does not fit the autoencoder: its `{name}` is {value} and must be {expected} for an "
                     f"autoencoder of {n} modalities, {channels} latent channels and a {grid}x{grid} latent grid."
                 )
+        check_scheduler(scheduler)
         self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
 
         # Weights loaded from safetensors are mapped from the file and start at any byte; the CPU kernels then take other
         # paths and round differently than with the weights that were saved (measured). A copy is aligned.
@@ -121,6 +125,16 @@ class DLDMPipeline(DiffusionPipeline):
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                     tensor.data = tensor.data.clone()
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance of the call that runs; a callback changes it for the steps to come by setting `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps up to the end of the phase that runs, as a callback's `step` counts them."""
+        return self._num_timesteps
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DLDMPipeline":
@@ -305,8 +319,9 @@ class DLDMPipeline(DiffusionPipeline):
         wanted = [known.index(name) for name in names]
         device = self._execution_device
         seeds = self._draw_seeds(num_subjects, generator)
+        self._guidance_scale = guidance_scale
+        self._num_timesteps = 0
         options = {
-            "guidance_scale": guidance_scale,
             "eta": eta,
             "callback": callback_on_step_end,
             "callback_inputs": callback_on_step_end_tensor_inputs,
@@ -319,7 +334,7 @@ class DLDMPipeline(DiffusionPipeline):
                 [0] * num_subjects, len(known), [seed[0] for seed in seeds], num_inference_steps, **options
             )
             structure = self.autoencoder.denormalize_structure(z_struct)
-            steps_done = len(self.scheduler.timesteps)
+            steps_done = self.num_timesteps
         structure = structure.to(device, torch.float32).expand(num_subjects, -1, -1, -1)
 
         # 2. The style of each modality given the clean structure.
@@ -401,12 +416,7 @@ class DLDMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {unknown}; only {self._callback_tensor_inputs} can be given."
             )
-        for name in ("clip_sample", "thresholding"):
-            if self.scheduler.config.get(name, False):
-                raise ValueError(
-                    f"The scheduler has `{name}=True`, which is for pixels and destroys latents; build it with "
-                    f"`{type(self.scheduler).__name__}.from_config(scheduler.config, {name}=False)`."
-                )
+        check_scheduler(self.scheduler)
 
     def _draw_seeds(
         self, num_subjects: int, generator: torch.Generator | Sequence[torch.Generator] | None
@@ -442,7 +452,6 @@ class DLDMPipeline(DiffusionPipeline):
         null_label: int,
         seeds: list[int],
         num_inference_steps: int,
-        guidance_scale: float = 1.0,
         eta: float = 0.0,
         z_struct: torch.Tensor | None = None,
         first_step: int = 0,
@@ -500,14 +509,15 @@ class DLDMPipeline(DiffusionPipeline):
             return torch.cat(predictions)
 
         timesteps = self.scheduler.timesteps
+        self._num_timesteps = first_step + len(timesteps)
         progress_bar = self.progress_bar(timesteps)
         progress_bar.set_description("structure" if z_struct is None else "styles")
         for i, t in enumerate(progress_bar):
             latents = to_map(self.scheduler.scale_model_input(state, t))
             prediction = predict(latents, t, labels)
-            if guidance_scale > 1:
+            if self.guidance_scale > 1:
                 unguided = predict(latents, t, torch.full_like(labels, null_label))
-                prediction = unguided + guidance_scale * (prediction - unguided)
+                prediction = unguided + self.guidance_scale * (prediction - unguided)
             state = self.scheduler.step(prediction, t, state, **step_options, return_dict=False)[0]
             if callback is not None:
                 latents = to_map(state)
@@ -567,6 +577,52 @@ class DLDMPipeline(DiffusionPipeline):
             images.append(torch.where(foreground, image, 0).clamp(0, 1))
             masks.append((decoded.mask[0] > 0) & foreground)
         return torch.stack(images), torch.stack(masks)
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raises a `ValueError` that says what to take instead of a scheduler with which a [`DLDMPipeline`] cannot work."""
+    name = type(scheduler).__name__
+    advice = (
+        "take `DDIMScheduler`, `DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`, by `from_config` of the config of "
+        "the scheduler that came with the pipeline."
+    )
+    # The config also keeps what was meant for another scheduler, from whose config this one was made.
+    taken = inspect.signature(type(scheduler).__init__).parameters
+    for option, value, reason in (
+        ("clip_sample", False, "is for pixels and destroys latents"),
+        ("thresholding", False, "is for pixels and destroys latents"),
+        ("skip_prk_steps", True, "fails on fewer than 4 steps"),
+    ):
+        if option in taken and scheduler.config[option] != value:
+            raise ValueError(
+                f"The scheduler has `{option}={scheduler.config[option]}`, which {reason}; build it with "
+                f"`{name}.from_config(scheduler.config, {option}={value})`."
+            )
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"The denoiser was trained on a beta schedule, and {name} has none; {advice}")
+    if "noise_sampler_seed" in taken:
+        raise ValueError(f"{name} has one noise for all subjects and takes no generator of each; {advice}")
+
+    # What else can be wrong (a kind of prediction that it does not know, a division by a signal of zero, a correction that
+    # grows with the noise) shows when it draws a number of unit deviation, as latents are, by the ideal denoiser of those.
+    scheduler, kind = copy.deepcopy(scheduler), scheduler.config.get("prediction_type")
+    options = {"generator": torch.Generator()} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for steps in (2, 10):
+        try:
+            scheduler.set_timesteps(steps)
+            state = torch.ones(1, 1) * scheduler.init_noise_sigma
+            for t in scheduler.timesteps:
+                latent, signal = scheduler.scale_model_input(state, t), scheduler.alphas_cumprod[int(t)]
+                ideal = {"epsilon": (1 - signal).sqrt() * latent, "sample": signal.sqrt() * latent}
+                prediction = {**ideal, "v_prediction": torch.zeros_like(latent)}[kind]
+                state = scheduler.step(prediction, t, state, **options, return_dict=False)[0]
+        except Exception as error:  # each scheduler has its own
+            raise ValueError(f"{name} fails with `prediction_type={kind!r}`: {error}; {advice}") from error
+        if not state.abs().item() < 100:
+            raise ValueError(
+                f"{name} diverges on this noise schedule (in {steps} steps it draws {state.item():.3g} where about 1 is "
+                f"right) with `prediction_type={kind!r}`; {advice}"
+            )
 
 
 def add_modules(folder: str | os.PathLike) -> None:

@@ -163,6 +163,8 @@ class DLDMTranslationPipeline(DLDMPipeline):
                 raise ValueError(f"`reference_images` must show 1 subject or {num_subjects} as `images`, got {count}.")
         wanted = [known.index(name) for name in names]
         seeds = self._draw_seeds(num_subjects, generator)
+        self._guidance_scale = guidance_scale
+        self._num_timesteps = 0
 
         # 1. The structure, and the styles of what is there.
         structure, encoded = self._encode(given)
@@ -179,7 +181,6 @@ class DLDMTranslationPipeline(DLDMPipeline):
                     missing,
                     seeds,
                     num_inference_steps,
-                    guidance_scale=guidance_scale,
                     eta=eta,
                     callback=callback_on_step_end,
                     callback_inputs=callback_on_step_end_tensor_inputs,

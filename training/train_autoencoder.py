@@ -24,13 +24,11 @@ from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.discriminator import (
-    Discriminator,
-    default_channels,
+    PatchDiscriminator,
     discriminator_loss,
     generator_loss,
     r1_penalty,
     to_channels,
-    translate,
 )
 from dldm_pipeline.hub import write_model_card
 from dldm_pipeline.muon import make_optimizers
@@ -60,7 +58,7 @@ PRESETS = Path(__file__).parent / "configs"
 DENOISED_FROM = 0.5  # latest time a structure is denoised from, of the schedule's length: its anatomy stays its own
 DENOISING_STEPS = 4
 GENERATING_STEPS = 25
-R1_GAMMA, R1_INTERVAL = 0.1, 16  # of the penalty on the discriminator's gradient, and steps between two of them
+R1_GAMMA, R1_INTERVAL = 1.0, 16  # of the penalty on the discriminator's gradient, and steps between two of them
 
 
 def build_parser() -> TrainingParser:
@@ -305,11 +303,11 @@ class Adversary:
     """The discriminator, its training, and how hard it pulls at the decoder."""
 
     def __init__(self, model: DisentangledAutoencoder, accelerator: Accelerator, clock: TrainingClock, args):
-        size = model.config.sample_size
-        self.network = Discriminator(model.num_modalities + 1, size, default_channels(size))
-        optimizer = torch.optim.Adam(self.network.parameters(), lr=args.learning_rate, betas=(0.0, 0.99))
-        clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
-        self.judge, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.network = PatchDiscriminator(model.num_modalities + 1, model.config.patch_size)
+        optimizers = make_optimizers(self.network, args.learning_rate)
+        for optimizer in optimizers:
+            clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
+        self.judge, *self.optimizers = accelerator.prepare(self.network, *optimizers)
         self.accelerator, self.step, self.balance = accelerator, 0, None
         self.last_layer = model.head_out[-1].weight
 
@@ -317,14 +315,14 @@ class Adversary:
         """One step of the discriminator on subjects (B, n + 1, H, W), real and decoded ones; returns its loss."""
         penalised = self.step % R1_INTERVAL == 0
         self.step += 1
-        real = translate(real)
         real_logits = self.judge(real.requires_grad_(penalised))
-        loss = value = discriminator_loss(real_logits, self.judge(translate(decoded.detach())))
+        loss = value = discriminator_loss(real_logits, self.judge(decoded.detach()))
         if penalised:
-            loss = loss + 0.5 * R1_GAMMA * R1_INTERVAL * r1_penalty(real_logits, real)
+            loss = loss + 0.5 * R1_GAMMA * R1_INTERVAL * r1_penalty(real_logits.mean(dim=(1, 2)), real)
         self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return value.detach()
 
     def pull(self, decoded: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -333,7 +331,7 @@ class Adversary:
         Source: Esser et al., "Taming Transformers" (CVPR 2021), equation 7; measured now and then, as it moves slowly.
         """
         self.network.requires_grad_(False)
-        loss = generator_loss(self.network(translate(decoded)))
+        loss = generator_loss(self.network(decoded))
         self.network.requires_grad_(True)
         if self.balance is None or self.step % R1_INTERVAL == 0:
             lengths = [

@@ -1,9 +1,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from stylegan2 import ModulatedConv2d, StyleGAN2, upsample
+from stylegan2 import (
+    Discriminator,
+    ModulatedConv2d,
+    StyleGAN2,
+    blur,
+    minibatch_deviation,
+    translate,
+    upsample,
+)
 
-from dldm_pipeline.discriminator import Discriminator, blur
+from dldm_pipeline.discriminator import r1_penalty
 
 CHANNELS = (16, 8, 8, 8)
 
@@ -51,6 +59,38 @@ def test_resampling_passes_what_is_smooth():
     expected = blur(F.pad(spread, [1, 0, 1, 0]), gain=4.0)
     torch.testing.assert_close(upsample(x)[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1])
     assert blur(torch.ones(1, 2, 8, 8), stride=2)[:, :, 1:-1, 1:-1].unique().tolist() == [1]
+
+
+def test_minibatch_deviation_shows_repetition():
+    x = torch.randn(8, 3, 4, 4)
+    output = minibatch_deviation(x, 4)
+    assert output.shape == (8, 4, 4, 4) and torch.equal(output[:, :3], x)
+    # Images 0, 2, 4, 6 are one group.
+    expected = x[::2].std(dim=0, unbiased=False).mean()
+    torch.testing.assert_close(output[0, 3], expected.expand(4, 4), rtol=1e-3, atol=1e-4)
+    assert minibatch_deviation(x[:1].expand(8, -1, -1, -1))[:, 3].max() < 1e-3
+    assert minibatch_deviation(x[:5]).shape == (5, 4, 4, 4)
+
+
+def test_the_penalty_reaches_the_weights():
+    judge = Discriminator(2, 32, CHANNELS)
+    images = torch.randn(4, 2, 32, 32, requires_grad=True)
+    r1_penalty(judge(images), images).backward()
+    assert judge.from_image.weight.grad.abs().sum() > 0
+
+
+def test_translation_shifts_all_channels_alike_over_grey():
+    images = torch.zeros(64, 2, 16, 16)
+    images[:, :, 8, 8] = torch.tensor([1.0, 2.0])
+    output = translate(images.requires_grad_(), 0.125)
+    assert output.shape == images.shape
+    spots = (output[:, 0] == 1).nonzero()
+    assert len(spots) == 64 and torch.equal(spots, (output[:, 1] == 2).nonzero())
+    assert spots[:, 1:].min() == 6 and spots[:, 1:].max() == 10
+    assert translate(torch.ones(64, 1, 16, 16)).min() == 0
+    output.sum().backward()
+    assert (images.grad[:, :, 4:12, 4:12] == 1).all()
+    assert translate(images, 0.0) is images
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": False}, {"conditional": True, "mask": False}])

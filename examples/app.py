@@ -1,0 +1,347 @@
+"""A page to try a pipeline in the browser: generate, blend two anatomies, fill in missing sequences, download.
+
+    pip install -e ".[demo]"
+    python examples/app.py                                  # the bundled pipeline, on http://localhost:7860
+    python examples/app.py --pipeline outputs/mine-sharp    # one that you trained, or one of the Hub
+
+As a Space (SDK gradio): this file as app.py, the folder dldm_pipeline beside it, and a requirements.txt that lists what
+setup.py has under install_requires. All that it draws is synthetic and not for diagnosis.
+"""
+
+import argparse
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import nibabel as nib
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+
+from dldm_pipeline import DLDMPipeline, DLDMTranslationPipeline
+from dldm_pipeline.data.export import FIELD_OF_VIEW, NOTICE, TRANSLATION_NOTICE, export_subjects
+from dldm_pipeline.data.sheet import contact_sheet
+from dldm_pipeline.data.volumes import Scan, read_scan
+from dldm_pipeline.example_utils import add_pipeline_arguments, find_pipeline
+from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
+from dldm_pipeline.training_utils import clear_errors
+
+INTRODUCTION = """# Multi-modal brain-tumour MRI from a disentangled latent diffusion model
+**Synthetic. Research only, not for diagnosis.** Every row is one subject; all its images share one anatomy."""
+FILL_IN = """Give the sequences that you have, aligned: one slice each as PNG or JPEG (nose up), or one volume each as NIfTI.
+The pipeline must have been trained on images like these. Files are deleted from the server after an hour or so."""
+
+KEEP_NOTHING, KEEP_ANATOMY, KEEP_APPEARANCE = (
+    "nothing",
+    "anatomy of the chosen subject",
+    "appearance of the chosen subject",
+)
+MAX_SEED = 99_999
+MAX_FILE_SIZE = "64mb"
+MAX_VOXELS = 2**25  # two volumes of 256 x 256 x 256: a small compressed file can unpack to more than the memory
+NIFTI, IMAGES = (".nii", ".nii.gz"), (".png", ".jpg", ".jpeg")
+
+
+@dataclass
+class Result:
+    """What one visitor sees: subjects, and what their files will say of them.
+
+    Args:
+        output: from a call with `output_type="np"`.
+        names: one a subject.
+        settings: one a subject, what it was drawn with; has "seed".
+        notice: of the files.
+        given: the images of the one subject that were uploaded, (H, W) in [0, 1] by modality.
+        pixel_spacing: in mm, where it is known.
+    """
+
+    output: DLDMPipelineOutput
+    names: list[str]
+    settings: list[dict[str, Any]]
+    notice: str = NOTICE
+    given: dict[str, np.ndarray] = field(default_factory=dict)
+    pixel_spacing: tuple[float, float] | None = None
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def generate(
+    pipeline: DLDMPipeline,
+    num_subjects: int,
+    seed: int,
+    num_inference_steps: int,
+    keep: str = KEEP_NOTHING,
+    before: Result | None = None,
+    chosen: int = 0,
+) -> Result:
+    """Subjects of the seeds `seed`, `seed + 1`, ...; with the anatomy or the appearance of subject `chosen` of `before`."""
+    seeds = range(seed, seed + num_subjects)
+    kept, name, notice = {}, "seed", NOTICE
+    if keep == KEEP_ANATOMY:
+        # An anatomy that was uploaded stays that of a patient.
+        kept, name, notice = {"structure": before.output.structure[chosen, None]}, "appearance", before.notice
+    elif keep == KEEP_APPEARANCE:
+        # After filling in there are appearances of those sequences only.
+        kept, name = {"styles": before.output.styles[chosen, None], "modalities": before.output.modalities}, "anatomy"
+    output = pipeline(
+        num_subjects=num_subjects,
+        num_inference_steps=num_inference_steps,
+        generator=[seeded(each) for each in seeds],
+        output_type="np",
+        **kept,
+    )
+    settings = {"num_inference_steps": num_inference_steps, "kept": keep}
+    if kept:
+        settings["kept_from"] = before.names[chosen]
+    return Result(output, [f"{name} {each}" for each in seeds], [{"seed": each, **settings} for each in seeds], notice)
+
+
+def blend_structures(pipeline: DLDMPipeline, pair: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` structures from the first of a pair (2, c_s, h, w) to the second: (count, c_s, h, w), in the pair's own scale.
+
+    Spherical interpolation (Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985) in the denoiser's scale,
+    where each channel has mean 0 and variance 1 over the training subjects.
+    """
+    # Subjects there lie near a sphere of radius sqrt(number of latents). The straight line cuts through its inside, where
+    # no subject is: half-way its latents are up to sqrt(2) too small, which decodes to flat, faded anatomy.
+    first, second = pipeline.autoencoder.normalize_structure(pair)
+    cosine = F.cosine_similarity(first.flatten(), second.flatten(), dim=0)
+    angle = torch.arccos(cosine.clamp(-1, 1)).clamp(min=1e-3)  # a pair of the same subject has none
+    share = torch.linspace(0, 1, count, device=pair.device)[:, None, None, None]
+    blended = (torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second) / torch.sin(angle)
+    return pipeline.autoencoder.denormalize_structure(blended)
+
+
+def blend(pipeline: DLDMPipeline, seed: int, second_seed: int, num_subjects: int) -> Result:
+    """From the anatomy of one seed to that of another, all in the appearance of the first."""
+    ends = pipeline(num_subjects=2, generator=[seeded(seed), seeded(second_seed)], output_type="latent")
+    output = pipeline(
+        num_subjects=num_subjects,
+        structure=blend_structures(pipeline, ends.structure, num_subjects),
+        styles=ends.styles[:1],
+        generator=[seeded(seed) for _ in range(num_subjects)],  # the same noise, so that nothing but anatomy changes
+        output_type="np",
+    )
+    shares = [k / (num_subjects - 1) for k in range(num_subjects)]
+    return Result(
+        output,
+        [f"blend {share:.2f}" for share in shares],
+        [{"seed": seed, "second_seed": second_seed, "share_of_second": share} for share in shares],
+    )
+
+
+def fill_in(pipeline: DLDMTranslationPipeline, files: dict[str, str], seed: int, height: float) -> Result:
+    """The sequences that `files`, paths by modality, lack, of the slice at `height` per cent of the brain.
+
+    Raises:
+        gr.Error: on files that cannot be used; the page shows it.
+    """
+    known = list(pipeline.autoencoder.config.modalities)
+    if not 0 < len(files) < len(known):
+        raise gr.Error(f"Give at least one of {', '.join(known)}, and leave out at least one: that will be drawn.")
+    row = read_slice({name: Path(path) for name, path in files.items()}, pipeline.autoencoder.config, height)
+    given = {name: row[name] for name in files}
+    output = pipeline(given, generator=seeded(seed), output_type="np")
+    settings = {"seed": seed, "given": list(given), "slice_index": row["slice_index"]}
+    return Result(output, [f"seed {seed}"], [settings], TRANSLATION_NOTICE, given, row["pixel_spacing"])
+
+
+def read_slice(files: dict[str, Path], config: Any, height: float) -> dict[str, Any]:
+    """The row of `read_scan` at `height` per cent of those that show the brain; single images are volumes of one slice.
+
+    Raises:
+        gr.Error: on a file that is broken, too large, of another kind, or does not fit the others.
+    """
+    if len({path.name.lower().endswith(NIFTI) for path in files.values()}) > 1:
+        raise gr.Error("Give either images or NIfTI volumes: an image cannot be placed in a volume.")
+    with tempfile.TemporaryDirectory() as folder:
+        volumes = {name: as_volume(path, Path(folder) / f"{name} {path.stem}.nii") for name, path in files.items()}
+        try:
+            rows, notes = read_scan(Scan("upload", "upload", volumes), config.modalities, config.sample_size)
+        except ValueError as error:
+            raise gr.Error(f"{error}.") from error
+        except Exception as error:  # as in `as_volume`
+            raise gr.Error(
+                f"{' or '.join(path.name for path in files.values())} cannot be read, it is damaged."
+            ) from error
+    gr.Info(f"How the files were read: {'; '.join(notes)}.")
+    return rows[round(height / 100 * (len(rows) - 1))]
+
+
+def as_volume(path: Path, target: Path) -> Path:
+    """The path of a NIfTI file that holds what `path` shows: `path`, or for an image `target`, which is then written.
+
+    Raises:
+        gr.Error: on a file that is broken, too large, or of another kind.
+    """
+    name = path.name.lower()
+    try:
+        if name.endswith(NIFTI):
+            size = math.prod(nib.load(path).shape)
+        elif name.endswith(IMAGES):
+            size = math.prod(PIL.Image.open(path, formats=["PNG", "JPEG"]).size)
+        else:
+            raise gr.Error(f"{path.name}: give a PNG, JPEG or NIfTI file ({', '.join((*IMAGES, *NIFTI))}).")
+        if size > MAX_VOXELS:
+            raise gr.Error(f"{path.name} has {size:,} pixels; at most {MAX_VOXELS:,} are taken here.")
+        if name.endswith(NIFTI):
+            return path
+        with PIL.Image.open(path) as image:
+            grey = np.asarray(image if image.mode.startswith("I") else image.convert("L"), dtype=np.float32)
+    except gr.Error:
+        raise
+    except Exception as error:  # on broken files the decoders raise anything: SyntaxError, zlib.error, HeaderDataError
+        raise gr.Error(f"{path.name} cannot be read, it is damaged or not what its name says.") from error
+    # As `export_subjects` lays out its files. Images of different sizes are taken to show the same field.
+    volume, spacing = grey.T[::-1, ::-1, None], FIELD_OF_VIEW / max(grey.shape)
+    affine = np.diag([spacing, spacing, 1, 1])
+    affine[:2, 3] = [-(side - 1) / 2 * spacing for side in volume.shape[:2]]
+    nib.save(nib.Nifti1Image(volume, affine), target)
+    return target
+
+
+def draw_sheet(result: Result, outline: bool) -> PIL.Image.Image:
+    """A row each subject: what was given, what was drawn, and the tumour's outline, in all images if `outline`."""
+    output = result.output
+    given = np.stack(list(result.given.values()))[None] if result.given else output.images[:, :0]
+    with tempfile.TemporaryDirectory() as folder:
+        contact_sheet(
+            np.concatenate([given, output.images], axis=1),
+            output.masks,
+            [f"{name} given" for name in result.given] + output.modalities,
+            [f"synthetic {name}" for name in result.names],
+            Path(folder) / "sheet.png",
+            outline_all=outline,
+        )
+        return PIL.Image.open(Path(folder) / "sheet.png").copy()
+
+
+def pack(result: Result, chosen: int, checkpoint: Path) -> Iterator[str]:
+    """Yields the path of a zip file of one subject, which is there until the next step of the iterator."""
+    one, output = slice(chosen, chosen + 1), result.output
+    subject = DLDMPipelineOutput(
+        images=output.images[one],
+        masks=output.masks[one],
+        structure=output.structure[one],
+        styles=output.styles[one],
+        modalities=output.modalities,
+    )
+    settings = dict(result.settings[chosen])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / f"synthetic {result.names[chosen]}".replace(" ", "-")
+        export_subjects(
+            subject,
+            folder,
+            seed=settings.pop("seed"),
+            settings=settings,
+            checkpoint=checkpoint,
+            pixel_spacing=result.pixel_spacing,
+            notice=result.notice,
+        )
+        yield shutil.make_archive(str(folder), "zip", folder)  # Gradio copies it before it goes on
+
+
+def build_demo(pipeline: DLDMPipeline, checkpoint: Path) -> gr.Blocks:
+    """The page, to be launched; `checkpoint` is the folder that `pipeline` was loaded from."""
+    translation = DLDMTranslationPipeline.from_pipe(pipeline)
+    known = list(pipeline.autoencoder.config.modalities)
+
+    def whole_number(label: str, low: int, high: int, value: int) -> gr.Slider:
+        return gr.Slider(low, high, value, step=1, precision=0, label=label)
+
+    # What visitors upload is nobody else's business: no analytics, no history, and the cache forgets it after an hour.
+    with gr.Blocks(title="dldm_pipeline", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+        gr.Markdown(INTRODUCTION)
+        result = gr.State()  # one for each visitor
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320):
+                with gr.Tab("Generate"):
+                    num_subjects = whole_number("Subjects", 1, 8, 3)
+                    seed = whole_number("Seed", 0, MAX_SEED, 0)
+                    steps = whole_number("Steps", 1, 100, 50)
+                    keep = gr.Radio([KEEP_NOTHING, KEEP_ANATOMY, KEEP_APPEARANCE], value=KEEP_NOTHING, label="Keep")
+                    generate_button = gr.Button("Generate", variant="primary")
+                with gr.Tab("Blend"):
+                    first_seed = whole_number("Seed of the first anatomy", 0, MAX_SEED, 0)
+                    second_seed = whole_number("Seed of the second anatomy", 0, MAX_SEED, 1)
+                    num_blends = whole_number("Anatomies from one to the other", 3, 9, 5)
+                    blend_button = gr.Button("Blend", variant="primary")
+                with gr.Tab("Fill in"):
+                    gr.Markdown(FILL_IN)
+                    uploads = [gr.File(label=name, height=140, file_types=[*IMAGES, *NIFTI]) for name in known]
+                    height = gr.Slider(0, 100, 50, label="Slice of a volume, per cent of the way up")
+                    fill_in_seed = whole_number("Seed", 0, MAX_SEED, 0)
+                    fill_in_button = gr.Button("Fill in", variant="primary")
+            with gr.Column(scale=3):
+                sheet = gr.Image(format="png", interactive=False, show_label=False, buttons=["fullscreen"])
+                with gr.Row():
+                    outline = gr.Checkbox(label="Outline the tumour in every image")
+                    chosen = gr.Dropdown(
+                        [], type="index", label="Chosen subject (to keep or to pack)", interactive=True
+                    )
+                    pack_button = gr.Button("Pack the chosen subject")
+                package = gr.File(label="PNG and NIfTI files", height=100, interactive=False)
+
+        def drawn(result: Result | None) -> Result:
+            if result is None:  # the first picture is not there yet, or the server was started again
+                raise gr.Error("There is no subject yet: keep nothing, and generate one.")
+            return result
+
+        def shown(result: Result, outline: bool) -> tuple[Result, PIL.Image.Image, gr.Dropdown, None]:
+            return result, draw_sheet(result, outline), gr.Dropdown(result.names, value=result.names[0]), None
+
+        def on_generate(before, chosen, outline, num_subjects, seed, steps, keep):
+            kept = () if keep == KEEP_NOTHING else (keep, drawn(before), chosen)
+            return shown(generate(pipeline, num_subjects, seed, steps, *kept), outline)
+
+        def on_blend(outline, *settings):
+            return shown(blend(pipeline, *settings), outline)
+
+        def on_fill_in(outline, seed, height, *files):
+            files = {name: file for name, file in zip(known, files, strict=True) if file is not None}
+            return shown(fill_in(translation, files, seed, height), outline)
+
+        def on_pack(result, chosen):
+            yield from pack(drawn(result), chosen, checkpoint)
+
+        def on_outline(result, outline):
+            return draw_sheet(drawn(result), outline)
+
+        # A call sets up the scheduler that all visitors share: one at a time, whoever's it is and whatever button it is from.
+        alone = {"concurrency_limit": 1, "concurrency_id": "pipeline", "outputs": [result, sheet, chosen, package]}
+        settings = [result, chosen, outline, num_subjects, seed, steps, keep]
+        generate_button.click(on_generate, settings, **alone)
+        demo.load(on_generate, settings, **alone)
+        blend_button.click(on_blend, [outline, first_seed, second_seed, num_blends], **alone)
+        fill_in_button.click(on_fill_in, [outline, fill_in_seed, height, *uploads], **alone)
+        outline.change(on_outline, [result, outline], sheet)
+        pack_button.click(on_pack, [result, chosen], package)
+    return demo.queue(api_open=False)  # calls that bypass the queue would not wait for each other
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pipeline_arguments(parser)
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+@clear_errors()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    folder = find_pipeline(args.pipeline)
+    pipeline = DLDMPipeline.from_pretrained(folder).to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    build_demo(pipeline, folder).launch(server_port=args.port, max_file_size=MAX_FILE_SIZE, run_history=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -58,6 +58,7 @@ SMALLER = {
 }
 ELSEWHERE = {
     "pytest": "this is it, and .ci/run starts it",
+    "pytest -m slow": "minutes; by hand, see CONTRIBUTING.md",
     "sphinx-build -W docs outputs/docs": "test_site",
 }
 
@@ -88,6 +89,7 @@ def check_install(command: str) -> None:
 def run_script(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run `python SCRIPT ...` or `accelerate launch SCRIPT ...`, made small, in this process."""
     script, *arguments = shlex.split(re.sub(r"^(python|accelerate launch) ", "", command))
+    assert script in SMALLER, f"{command}: say in SMALLER how it ends in seconds"
     smaller = next(SMALLER[key] for key in reversed(SMALLER) if key in command)  # the narrower ones stand last
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [script, *arguments, *shlex.split(smaller)])

@@ -1,4 +1,4 @@
-"""The comparison of docs/comparison.md: DLDM, StyleGAN2 and plain latent diffusion, trained for equal time, then measured.
+"""DLDM, StyleGAN2 and plain latent diffusion, trained for equal time on the same subjects, then measured side by side.
 
     python benchmarks/comparison.py                                   # simulated subjects, 64x64: three hours and a half
     python benchmarks/comparison.py --systems DLDM                    # one of them; run it again for the others

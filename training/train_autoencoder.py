@@ -5,8 +5,8 @@
     accelerate launch training/train_autoencoder.py --dataset DATA --denoiser PIPELINE   # once more after train_ldm.py
 
 The loss is that of Na et al. (MIDL 2023), with its four strategies, and what this package adds: structure from any subset of
-modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure. With `--denoiser`
-a discriminator (Rombach et al., CVPR 2022, use one, too) compares what is decoded with real subjects.
+modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure. `--adversarial_weight`
+adds a discriminator, as Rombach et al. (CVPR 2022) do, that compares what is decoded with real subjects.
 """
 
 import argparse
@@ -88,12 +88,15 @@ def build_parser() -> TrainingParser:
     )
     model.add_argument(
         "--denoiser",
-        help="pipeline folder to sharpen: a third of the structures are decoded as its denoiser returns them from some "
-        "noise, and a third are new ones that it draws, so that the decoder learns to draw what the denoiser leaves soft. "
-        "Starts from its autoencoder, freezes the encoder, and writes the whole pipeline",
+        help="pipeline folder to sharpen: half of the structures are decoded as its denoiser returns them from some noise, "
+        "so that the decoder learns to draw what the denoiser leaves soft. Starts from its autoencoder, freezes the "
+        "encoder, and writes the whole pipeline",
     )
     model.add_argument(
-        "--generated_subjects", type=int, default=2048, help="new structures that the denoiser draws, before training"
+        "--generated_subjects",
+        type=int,
+        default=2048,
+        help="with --adversarial_weight: new structures that the denoiser draws before training, a third of each batch",
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--target_modalities", type=int, default=3, help="modalities decoded each step, drawn at random")
@@ -110,9 +113,9 @@ def build_parser() -> TrainingParser:
     loss.add_argument(
         "--adversarial_weight",
         type=float,
-        default=0.5,
-        help="with --denoiser: pull of the discriminator on the last layer, against that of all other terms; 0 trains none, "
-        "and draws no new structures",
+        default=0.0,
+        help="with --denoiser: pull of a discriminator on the last layer, against that of all other terms; 0 trains none. "
+        "Not measured yet",
     )
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser

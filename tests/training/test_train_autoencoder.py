@@ -217,9 +217,9 @@ def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_pa
     more = ["--decoder_blocks=3", "--checkpointing_steps=0"]
     start = [f"--init_from={tmp_path / 'pipeline'}", *more, "--learning_rate=1e-12", "--no-use_ema"]
     train_autoencoder.main(words(data, tmp_path / "same", *start))
-    train_autoencoder.main(words(data, tmp_path / "second", f"--denoiser={tmp_path / 'pipeline'}", *more))
-    plain = [f"--denoiser={tmp_path / 'pipeline'}", *more, "--adversarial_weight=0"]
-    train_autoencoder.main(words(data, tmp_path / "plain", *plain))
+    more += [f"--denoiser={tmp_path / 'pipeline'}"]
+    train_autoencoder.main(words(data, tmp_path / "plain", *more))
+    train_autoencoder.main(words(data, tmp_path / "second", *more, "--adversarial_weight=1"))
     same = DisentangledAutoencoder.from_pretrained(tmp_path / "same")
     sharpened = DLDMPipeline.from_pretrained(tmp_path / "second")
     second = sharpened.autoencoder

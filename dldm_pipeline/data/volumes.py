@@ -23,6 +23,7 @@ nose is up), column 0 is the patient's right. `slice_index` counts from inferior
 import collections
 import dataclasses
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from nibabel.processing import resample_from_to
+from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 from scipy import ndimage
 
@@ -44,6 +47,8 @@ _NIFTI = (".nii", ".nii.gz")
 _DICOM = (".dcm", ".ima")
 _GRID_TOLERANCE = 1e-2  # mm and mm per voxel: publishers round affines
 _GENERIC_FOLDERS = ("anat", "nifti", "nii", "dicom")
+# What nibabel, gzip, pydicom and highdicom raise on a file that is damaged.
+_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zlib.error, ImageFileError, HeaderDataError)
 
 
 @dataclasses.dataclass
@@ -330,7 +335,7 @@ def _load(scan: Scan, name: str) -> nib.Nifti1Image:
         data = np.asanyarray(image.dataobj) if plain else image.get_fdata(dtype=np.float32)
     except FileNotFoundError as error:
         raise ValueError(f"{path.name} is missing: {path}") from error
-    except (OSError, EOFError, nib.filebasedimages.ImageFileError, ValueError, RuntimeError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, ValueError) and str(error).startswith(path.name):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -238,12 +238,26 @@ def _cut_short_inside(path: Path) -> None:
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:5000]))
 
 
+def _scramble(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[3000:3100] = bytes(100)
+    path.write_bytes(data)
+
+
+def _unknown_type(path: Path) -> None:
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[70:72] = (9999).to_bytes(2, "little")  # NIfTI's field `datatype`
+    path.write_bytes(gzip.compress(data))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (_nan, "_t1.nii.gz has 1 voxels that are NaN"),
         (_cut_short, "_t1.nii.gz cannot be read, it is damaged or cut short"),
         (_cut_short_inside, "_t1.nii.gz cannot be read, it is damaged or cut short"),
+        (_scramble, "_t1.nii.gz cannot be read, it is damaged or cut short"),
+        (_unknown_type, "_t1.nii.gz cannot be read, it is damaged or cut short"),
         (lambda path: path.write_bytes(b"not a scan"), "_t1.nii.gz cannot be read"),
         (lambda path: path.write_bytes(b""), "_t1.nii.gz cannot be read"),
         (lambda path: path.unlink(), "_t1.nii.gz is missing"),

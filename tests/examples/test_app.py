@@ -309,6 +309,11 @@ class Visitor:
         self.slot(name).get_by_test_id("file-upload").set_input_files(path)
         self.slot(name).locator(".stem").wait_for()
 
+    def photograph(self, path: Path) -> None:
+        """The whole page, when it no longer shows that it waits."""
+        self.page.wait_for_timeout(1500)
+        self.page.screenshot(path=path, full_page=True)
+
     def message(self) -> str:
         """What the page complains of; it is then put away."""
         toast = self.page.locator(".toast-body.error").first
@@ -432,14 +437,14 @@ def test_screenshots(browser, tmp_path):
         visitor = Visitor(browser, server.url)
         visitor.page.get_by_label("Outline the tumour in every image").check()
         visitor.picture()
-        visitor.page.screenshot(path=folder / "app-generate.png", full_page=True)
+        visitor.photograph(folder / "app-generate.png")
         visitor.tab("Blend")
         visitor.press("Blend")
         visitor.picture()
-        visitor.page.screenshot(path=folder / "app-blend.png", full_page=True)
+        visitor.photograph(folder / "app-blend.png")
         visitor.tab("Fill in")
         for name in ("T1", "FLAIR"):
             visitor.upload(name, tmp_path / f"{name}.png")
         visitor.press("Fill in")
         visitor.picture()
-        visitor.page.screenshot(path=folder / "app-fill-in.png", full_page=True)
+        visitor.photograph(folder / "app-fill-in.png")

@@ -8,13 +8,9 @@ extras = {
     "test": [
         "pytest>=8",
         "hypothesis>=6.100",
-        "pydicom>=3.0",
-        "highdicom>=0.28",
-        "scikit-learn>=1.4",
         "tensorboard>=2.16",
         "ruff>=0.6",
         "prdc>=0.2",
-        "gradio>=6.31",
         "playwright>=1.49",  # drives Debian's chromium
     ],
     "eval": [
@@ -31,8 +27,8 @@ extras = {
     # The site in docs/; the kernel and nbclient, through myst-nb, execute the tutorial.
     "docs": ["sphinx>=8", "myst-nb>=1.2", "furo>=2024.8", "ipykernel>=6.29", "nbclient>=0.10"],
 }
-extras["test"] += [name for name in extras["eval"] + extras["docs"] if name not in extras["test"]]
-extras["dev"] = sorted(set(extras["test"] + extras["eval"]))
+extras["test"] += [name for extra in ("eval", "dicom", "demo", "docs") for name in extras[extra]]
+extras["dev"] = extras["test"]
 
 setup(
     name="dldm_pipeline",

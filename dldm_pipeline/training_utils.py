@@ -532,7 +532,8 @@ def noise_deviation(images: torch.Tensor, foreground: torch.Tensor) -> torch.Ten
     """Deviation of the noise in images (..., H, W), shape (...): that of a filter that answers to little else.
 
     Immerkær, Computer Vision and Image Understanding 64 (1996) 300, eq. 3, with the median in place of the mean, which
-    edges do not move. On simulated subjects it reads a tenth too much (`benchmarks/noise.py`).
+    edges do not move. On simulated subjects of 128x128 it reads a tenth too much, and of 64x64,
+    where fine anatomy looks like noise, three tenths (`benchmarks/noise.py --pipeline`).
 
     Args:
         images: in [0, 1].

@@ -168,10 +168,6 @@ def read_slice(files: dict[str, Path], config: Any, height: float) -> dict[str, 
             rows, notes = read_scan(Scan("upload", "upload", volumes), config.modalities, config.sample_size)
         except ValueError as error:
             raise gr.Error(f"{error}.") from error
-        except Exception as error:  # as in `as_volume`
-            raise gr.Error(
-                f"{' or '.join(path.name for path in files.values())} cannot be read, it is damaged."
-            ) from error
     gr.Info(f"How the files were read: {'; '.join(notes)}.")
     return rows[round(height / 100 * (len(rows) - 1))]
 

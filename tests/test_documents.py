@@ -28,9 +28,7 @@ from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW_PAGES = [
-    "evaluation.md"
-]  # trains and measures three systems, which tests/training and tests/examples do with tiny ones
+SLOW_PAGES = ["evaluation.md"]  # three systems, which tests/training and tests/examples have as tiny ones, too
 # A fenced block, or a command within a sentence.
 CODE = re.compile(
     r"^```(bash|python)\n(.*?)^```|`((?:python|accelerate launch|pip|pytest|sphinx-build) [^`]+)`", re.M | re.S
@@ -40,7 +38,7 @@ FEW_STEPS = "--max_train_steps 2 --train_batch_size 2 --validation_steps 0"
 TWO_STEPS = "--num_inference_steps 2"
 SMALLER = {
     "training/prepare_dataset.py": "",
-    "training/train_autoencoder.py": f"{FEW_STEPS} --generated_subjects 2",
+    "training/train_autoencoder.py": FEW_STEPS,
     "training/train_ldm.py": FEW_STEPS,
     "training/baselines/train_stylegan2.py": f"{FEW_STEPS} --selection_subjects 0",
     "training/baselines/train_plain_ldm.py": f"{FEW_STEPS} --autoencoder_steps 2 --selection_subjects 0",

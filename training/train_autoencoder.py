@@ -200,6 +200,7 @@ def generate_structures(
     pipeline: DLDMPipeline, num_subjects: int, batch_size: int = 64, show_progress: bool = True
 ) -> torch.Tensor:
     """New structures (num_subjects, c_s, h, w) that a pipeline's denoiser draws, on the autoencoder's scale."""
+    # Not by calling the pipeline, which takes four rows at a time and draws the styles, too.
     config, grid = pipeline.autoencoder.config, (pipeline.autoencoder.latent_size,) * 2
     n, device = pipeline.autoencoder.num_modalities, pipeline.unet.device
     structures = []
@@ -305,7 +306,9 @@ class DisentangledLoss(torch.nn.Module):
 class Adversary:
     """The discriminator, its training, and how hard it pulls at the decoder."""
 
-    def __init__(self, model: DisentangledAutoencoder, accelerator: Accelerator, clock: TrainingClock, args):
+    def __init__(
+        self, model: DisentangledAutoencoder, accelerator: Accelerator, clock: TrainingClock, args: argparse.Namespace
+    ):
         self.network = PatchDiscriminator(model.num_modalities + 1, model.config.patch_size)
         optimizers = make_optimizers(self.network, args.learning_rate)
         for optimizer in optimizers:

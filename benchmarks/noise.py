@@ -1,10 +1,11 @@
 """What the measured noise is worth, and what the denoiser costs: Fréchet distance of rebuilt and of generated subjects.
 
     python benchmarks/noise.py
+    python benchmarks/noise.py --latents_only    # the first two tables, in seconds
 
 Printed as Markdown tables, for the bundled pipeline: the noise that `noise_deviation` reads in simulated images over the one
-that was put in; and Fréchet distance (EfficientNet-Lite0) and precision of four sets of subjects, each against the same other
-simulated ones.
+that was put in; how well images are rebuilt from structures that are a little off, as a denoiser's are; and Fréchet distance
+(EfficientNet-Lite0) and precision of four sets of subjects, each against the same other simulated ones.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from dldm_pipeline.metrics.features import load_extractor, to_uint8
 from dldm_pipeline.metrics.fidelity import frechet_distance, neighbour_scores
 from dldm_pipeline.training_utils import clear_errors, noise_deviation
 
+STRUCTURE_NOISE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)  # deviation, of that of the structures themselves
 REAL_SEED, OTHER_SEED = 977_001, 977_003  # the subjects of examples/evaluate.py, and others
 
 
@@ -28,14 +30,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=BUNDLED_CHECKPOINT, help="folder (default: the bundled one)")
     parser.add_argument("--num_subjects", type=int, default=100, help="in each set (default: %(default)s)")
+    parser.add_argument("--latents_only", action="store_true", help="leave out the distances, which take minutes")
     args = parser.parse_args(argv)
 
     pipeline = DLDMPipeline.from_pretrained(args.pipeline)
     autoencoder, names = pipeline.autoencoder, list(pipeline.autoencoder.config.modalities)
     size, count = autoencoder.config.sample_size, args.num_subjects
-    real, others = (
-        [simulate_subject((seed, i), size, names) for i in range(count)] for seed in (REAL_SEED, OTHER_SEED)
-    )
+    others = [simulate_subject((OTHER_SEED, i), size, names) for i in range(count)]
     images = torch.from_numpy(np.stack([subject.images for subject in others]))
     read = noise_deviation(images, (images > 0).any(dim=1, keepdim=True)).mean(dim=0)
     true = np.mean([subject.factors["noise"] for subject in others])
@@ -44,6 +45,17 @@ def main(argv: list[str] | None = None) -> None:
 
     posterior = autoencoder.encode(images)
     latents = {"structure": posterior.structure_dist.mode(), "styles": posterior.style_dist.mode()}
+    print(f"| noise on the structure | {' | '.join(map(str, STRUCTURE_NOISE))} |\n|---{'|---' * len(STRUCTURE_NOISE)}|")
+    torch.manual_seed(0)
+    structure, psnr = autoencoder.normalize_structure(latents["structure"]), []
+    for level in STRUCTURE_NOISE:
+        noisy = autoencoder.denormalize_structure(structure + level * torch.randn_like(structure))
+        squared = (autoencoder.decode(noisy, latents["styles"]).sample.clamp(0, 1) - images).square().mean(dim=(2, 3))
+        psnr.append(-10 * squared.log10().mean())
+    print(f"| PSNR (dB) | {' | '.join(f'{value:.1f}' for value in psnr)} |\n", flush=True)
+    if args.latents_only:
+        return
+
     sets = {"other simulated subjects": images.numpy()}
     for title, given, noise_scale in (
         ("the same, rebuilt, with noise", latents, 1.0),
@@ -53,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
         options = {"noise_scale": noise_scale, "generator": generators, "output_type": "np"}
         sets[title] = pipeline(count, **given, **options).images
+    real = [simulate_subject((REAL_SEED, i), size, names) for i in range(count)]
     extractor = load_extractor("efficientnet-lite0")
     known = [
         extractor(to_uint8(np.stack([subject.images[m] for subject in real])), progress=False)

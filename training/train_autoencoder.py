@@ -115,7 +115,7 @@ def build_parser() -> TrainingParser:
         type=float,
         default=0.0,
         help="with --denoiser: pull of a discriminator on the last layer, against that of all other terms; 0 trains none. "
-        "Not measured yet",
+        "Tried at 1 on the bundled model: lesions and edges become better, and a faint grid appears (model_card.md)",
     )
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser

@@ -46,7 +46,6 @@ def trainings(folder: Path, minutes: float) -> dict[str, dict[str, list[str]]]:
                 f"--denoiser={folder / 'ldm'}",
                 "--learning_rate=1e-3",
                 "--spectrum_weight=0.4",
-                "--adversarial_weight=1",
                 *times["dldm"],
             ],
         },

@@ -290,7 +290,7 @@ class Visitor:
         field = self.page.get_by_label(f"number input for {label}", exact=True).locator("visible=true")
         field.fill(str(value))
         field.press("Enter")
-        self.page.wait_for_timeout(500)  # the page tells the server a little later
+        self.page.wait_for_timeout(500)  # without it, a press right after did not always see the number
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name).click()

@@ -288,9 +288,14 @@ class Visitor:
 
     def set(self, label: str, value: int) -> None:
         field = self.page.get_by_label(f"number input for {label}", exact=True).locator("visible=true")
-        field.fill(str(value))
-        field.press("Enter")
-        self.page.wait_for_timeout(500)  # without it, a press right after did not always see the number
+        # A tab just opened is still drawing itself, and puts its first numbers back over one that came within milliseconds.
+        for _ in range(20):
+            field.fill(str(value))
+            field.press("Enter")
+            self.page.wait_for_timeout(300)
+            if field.input_value() == str(value):
+                return
+        raise AssertionError(f"{label} shows {field.input_value()} after {value} was typed")
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name).click()

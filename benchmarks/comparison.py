@@ -2,7 +2,7 @@
 
     python benchmarks/comparison.py                                   # simulated subjects, 64x64: three hours and a half
     python benchmarks/comparison.py --systems DLDM                    # one of them; run it again for the others
-    python benchmarks/comparison.py --minutes 120 --num_subjects 2000
+    python benchmarks/comparison.py --minutes 120 --num_threads 1     # as much computing, on half of a machine of two cores
 
 The paper (Na et al., MIDL 2023) compares DLDM with StyleGAN2 by 1,000 generated samples each. Here all see the same training
 subjects for the same wall-clock minutes; DLDM's are shared by its three trainings (autoencoder, denoiser, decoder). Nothing
@@ -69,7 +69,7 @@ def is_done(output: Path) -> bool:
     return (output / "README.md").is_file()
 
 
-def train(command: list[str], data: Path, output: Path, log: Path) -> None:
+def train(command: list[str], num_threads: int | None, data: Path, output: Path, log: Path) -> None:
     """Run one training to its end, if it is not there, and note its minutes by the clock and by the processor.
 
     Raises:
@@ -79,6 +79,7 @@ def train(command: list[str], data: Path, output: Path, log: Path) -> None:
         print(f"{output}: done before")
         return
     words = [*command, f"--dataset={data}", f"--output_dir={output}", "--resume_from_checkpoint=latest"]
+    words += [] if num_threads is None else [f"--num_threads={num_threads}"]
     print(f"{output}: {' '.join(words)}", flush=True)
     started, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *words]).returncode:
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     names = list(trainings(Path(), 1))
     parser.add_argument("--systems", nargs="+", choices=names, default=names, help="(default: all, in turn)")
     parser.add_argument("--minutes", type=float, default=60, help="of training, each system (default: %(default)s)")
+    parser.add_argument("--num_threads", type=int, help="of each training (default: one a core)")
     parser.add_argument("--phantom_subjects", type=int, default=8000, help="simulated, a fifth held out (%(default)s)")
     parser.add_argument("--num_subjects", type=int, default=1000, help="to generate and compare (default: %(default)s)")
     parser.add_argument("--output_dir", default="outputs/comparison", help="a folder each goes here (%(default)s)")
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     data = phantom_dataset(args.phantom_subjects, 64, root=folder)
     for name in args.systems:
         for output, command in trainings(folder, args.minutes)[name].items():
-            train(command, data, folder / output, folder / "minutes.json")
+            train(command, args.num_threads, data, folder / output, folder / "minutes.json")
     baselines = [folder / output for output in ("stylegan2", "plain_ldm") if is_done(folder / output)]
     if is_done(folder / "dldm"):
         words = [f"--pipeline={folder / 'dldm'}", f"--dataset={data}", f"--num_subjects={args.num_subjects}"]

@@ -46,6 +46,7 @@ def trainings(folder: Path, minutes: float) -> dict[str, dict[str, list[str]]]:
                 f"--denoiser={folder / 'ldm'}",
                 "--learning_rate=1e-3",
                 "--spectrum_weight=0.4",
+                "--structure_noise=0",
                 *times["dldm"],
             ],
         },

@@ -102,6 +102,12 @@ def build_parser() -> TrainingParser:
     loss.add_argument("--target_modalities", type=int, default=3, help="modalities decoded each step, drawn at random")
     loss.add_argument("--mix_probability", type=float, default=0.5, help="share of styles taken from another subject")
     loss.add_argument("--subset_probability", type=float, default=0.6, help="share of structures from a random subset")
+    loss.add_argument(
+        "--structure_noise",
+        type=float,
+        default=0.0,
+        help="largest deviation of noise put on structures, as a share of their own",
+    )
     loss.add_argument("--curve_deviation", type=float, default=0.0, help="spread of log gamma of random curves")
     loss.add_argument(
         "--mse_weight", type=float, default=30.0, help="weight of the squared error: thin bright structures"
@@ -215,6 +221,20 @@ def generate_structures(
     return torch.cat(structures)
 
 
+def add_noise(structure: torch.Tensor, variance: torch.Tensor, largest: float) -> torch.Tensor:
+    """Structures (B, c_s, h, w) with noise, of a level that is drawn for each from 0 to `largest`.
+
+    What a denoiser draws is never exact, so nothing that the images need may hang on small differences.
+
+    Source: Yang et al., "Latent Denoising Makes Good Visual Tokenizers" (2025), with additive in place of mixed-in noise.
+
+    Args:
+        variance: (1, c_s, 1, 1), of the structures themselves; at level 1 noise has as much.
+    """
+    level = largest * torch.rand(len(structure), 1, 1, 1, device=structure.device)
+    return structure + level * variance.sqrt() * torch.randn_like(structure)
+
+
 class DisentangledLoss(torch.nn.Module):
     """The unweighted terms of the loss; a module, so that gradients are shared between processes through its forward."""
 
@@ -245,12 +265,16 @@ class DisentangledLoss(torch.nn.Module):
 
         from_subset = torch.rand(batch_size, 1, 1, 1, device=device) < args.subset_probability
         structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())
+        mode, subset_mode = full.structure_dist.mode().detach(), some.structure_dist.mode()
+        spread = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
+        if args.structure_noise:
+            structure = add_noise(structure, spread, args.structure_noise)
         paired = batch_size  # subjects whose images are known, the first of the batch
         if self.denoiser is not None:
             part = slice((batch_size + 1) // 2 if self.generated is None else (batch_size + 2) // 3)
             start = torch.rand(part.stop, device=device) * DENOISED_FROM
-            mode = full.style_dist.mode()[part]
-            denoised = denoise_structure(self.denoiser, structure[part], mode, present[part], start, DENOISING_STEPS)
+            style = full.style_dist.mode()[part]
+            denoised = denoise_structure(self.denoiser, structure[part], style, present[part], start, DENOISING_STEPS)
             structure = torch.cat([denoised, structure[part.stop :]])
         if self.generated is not None:
             paired = batch_size - batch_size // 3
@@ -274,8 +298,6 @@ class DisentangledLoss(torch.nn.Module):
         squared = (weight * (sample - targets) ** 2).mean(dim=(0, 2, 3))
         self.errors[chosen] = self.errors[chosen].lerp(squared.detach().float().clamp(min=1e-5), 0.02)
 
-        mode, subset_mode = full.structure_dist.mode().detach(), some.structure_dist.mode()
-        spread = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
         known, mask = batch["has_mask"][:paired].float()[:, None, None], batch["mask"][:paired]
         probability = logits.sigmoid() * known
         dice = (2 * (probability * mask).sum(dim=(1, 2)) + 1) / ((probability + mask * known).sum(dim=(1, 2)) + 1)

@@ -260,6 +260,21 @@ def test_an_autoencoder_can_start_from_one_of_other_modalities_and_size(data, tm
     torch.testing.assert_close(model.decoder_in.weight, source.decoder_in.weight, rtol=0, atol=1e-6)
 
 
+def test_noise_on_structures_is_of_many_levels_up_to_the_largest():
+    variance = torch.tensor([1.0, 4.0]).view(1, 2, 1, 1)
+    noise = train_autoencoder.add_noise(torch.zeros(200, 2, 32, 32), variance, 0.4)
+    level = noise.std(dim=(2, 3)) / variance[0, :, 0, 0].sqrt()
+    assert level.min() < 0.02 and 0.37 < level.max() < 0.43 and level.mean() == pytest.approx(0.2, abs=0.03)
+    torch.testing.assert_close(level[:, 0], level[:, 1], rtol=0.15, atol=0)
+
+
+def test_structure_noise_is_trained_with(data, tmp_path):
+    for noise in ("0", "0.5"):
+        train_autoencoder.main(words(data, tmp_path / noise, "--max_train_steps=2", f"--structure_noise={noise}"))
+    without, with_noise = weights(tmp_path / "0"), weights(tmp_path / "0.5")
+    assert not torch.equal(without["head_in.weight"], with_noise["head_in.weight"])
+
+
 def test_foreground_is_what_any_present_modality_shows():
     images = torch.zeros(1, 2, 4, 4)
     images[0, 0, :2], images[0, 1, :, :2] = 0.5, 0.1

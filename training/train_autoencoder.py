@@ -266,9 +266,9 @@ class DisentangledLoss(torch.nn.Module):
         from_subset = torch.rand(batch_size, 1, 1, 1, device=device) < args.subset_probability
         structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())
         mode, subset_mode = full.structure_dist.mode().detach(), some.structure_dist.mode()
-        spread = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
+        variance = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
         if args.structure_noise:
-            structure = add_noise(structure, spread, args.structure_noise)
+            structure = add_noise(structure, variance, args.structure_noise)
         paired = batch_size  # subjects whose images are known, the first of the batch
         if self.denoiser is not None:
             part = slice((batch_size + 1) // 2 if self.generated is None else (batch_size + 2) // 3)
@@ -318,7 +318,7 @@ class DisentangledLoss(torch.nn.Module):
             "spectrum": spectrum,
             "mask": 10 * cross_entropy + (1 - dice).mean(),
             "foreground": F.binary_cross_entropy_with_logits(output.foreground[:paired], foreground.float()),
-            "agreement": ((subset_mode - mode) ** 2 / spread).mean(),
+            "agreement": ((subset_mode - mode) ** 2 / variance).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()
             + full.style_dist.kl().mean() / styles[0, 0].numel(),
         }

@@ -18,14 +18,8 @@ def test_every_system_gets_the_same_minutes():
 
 @pytest.mark.slow
 def test_a_training_is_run_noted_and_not_run_again(tmp_path, capfd):
-    words = [
-        "--systems",
-        "StyleGAN2",
-        "--minutes=0.02",
-        "--num_threads=1",
-        "--phantom_subjects=30",
-        f"--output_dir={tmp_path}",
-    ]
+    words = ["--systems=StyleGAN2", "--minutes=0.02", "--num_threads=1", "--phantom_subjects=30"]
+    words += [f"--output_dir={tmp_path}"]
     comparison.main(words)
     assert (tmp_path / "stylegan2" / "diffusion_pytorch_model.safetensors").is_file()
     minutes = json.loads((tmp_path / "minutes.json").read_text())

@@ -542,14 +542,83 @@ def noise_deviation(images: torch.Tensor, foreground: torch.Tensor) -> torch.Ten
     pixels = images.reshape(-1, 1, *images.shape[-2:])
     taps = images.new_tensor([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
     answer = F.conv2d(pixels, taps[None, None], padding=1).reshape(images.shape).abs()
-    smooth = F.avg_pool2d(F.avg_pool2d(pixels, 5, 1, 2), 5, 1, 2)
-    slope = sum(d.square() for d in torch.gradient(smooth, dim=(-2, -1))).reshape(images.shape)
-    # Away from the outline, where what is not imaged has no noise.
+    smooth = F.avg_pool2d(pixels, 3, 1, 1)
+    variance = F.avg_pool2d(smooth.square(), 5, 1, 2) - F.avg_pool2d(smooth, 5, 1, 2).square()
+    # The outline's own pixels are no place to look: beyond it there is no noise.
     background = (~foreground).to(images.dtype).expand(images.shape).reshape(pixels.shape)
-    inside = F.max_pool2d(background, 5, 1, 2).reshape(images.shape) == 0
-    slope = torch.where(inside, slope, torch.nan).flatten(-2)
-    flattest = slope <= slope.nanquantile(0.1, dim=-1, keepdim=True)
+    variance = (
+        torch.where(F.max_pool2d(background, 3, 1, 1) == 0, variance, torch.nan).reshape(images.shape).flatten(-2)
+    )
+    flattest = variance <= variance.nanquantile(0.1, dim=-1, keepdim=True)
     return torch.where(flattest, answer.flatten(-2), torch.nan).nanmedian(dim=-1).values / 0.6745
+
+
+def to_channels(images: torch.Tensor, present: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """A subject as channels of one image.
+
+    Args:
+        images: (B, n, H, W) in [0, 1].
+        present: (B, n) bool; what is missing becomes black.
+        mask: (B, H, W) in [0, 1]. It is blurred: one of nothing but 0 and 1 would give every decoded one away.
+
+    Returns:
+        (B, n or n + 1, H, W) in [-1, 1].
+    """
+    images = images * present[:, :, None, None]
+    if mask is not None:
+        taps = mask.new_tensor([0.25, 0.5, 0.25])
+        mask = F.conv2d(F.pad(mask[:, None], [1] * 4, mode="replicate"), (taps[:, None] * taps)[None, None])
+        images = torch.cat([images, mask], dim=1)
+    return images * 2 - 1
+
+
+def patch_distance(
+    images: torch.Tensor,
+    others: torch.Tensor,
+    inside: torch.Tensor,
+    others_inside: torch.Tensor,
+    num_filters: int = 16,
+    size: int = 7,
+    levels: int = 3,
+) -> torch.Tensor:
+    """How far the patches of two sets of images lie apart as distributions: squared sliced Wasserstein distance, a scalar.
+
+    Random filters see all channels of a patch at once, so that what fits together in one set must do so in the other. Each
+    filter's answers are sorted and compared in units of their deviation in `others`. The filters do not answer to a channel
+    that is flat; what is smooth counts on the coarser levels, each of half the size.
+
+    Source: Elnekave & Weiss, "Generating natural images with direct patch distributions matching" (ECCV 2022); levels as in
+    Karras et al., "Progressive Growing of GANs" (ICLR 2018), section 5.
+
+    Args:
+        images: (B, C, H, W).
+        others: (N, C, H, W), towards which the gradient pulls.
+        inside: (B, H, W) bool, centres of the patches to compare.
+        others_inside: (N, H, W) bool.
+    """
+    distances = []
+    for level in range(levels):
+        if level:
+            images, others = F.avg_pool2d(images, 2), F.avg_pool2d(others, 2)
+            inside, others_inside = inside[:, ::2, ::2], others_inside[:, ::2, ::2]
+        filters = torch.randn(num_filters, images.shape[1], size, size, device=images.device)
+        filters = filters - filters.mean(dim=(2, 3), keepdim=True)
+        filters = filters / filters.flatten(1).norm(dim=1)[:, None, None, None]
+        # Every second patch is enough, from a random corner so that none is always left out.
+        top, left = torch.randint(2, (2,)).tolist() if level == 0 else (0, 0)
+        stride = 2 if level == 0 else 1
+        answers = []
+        for x, where in ((images, inside), (others, others_inside)):
+            x, where = x[..., top:, left:], where[..., top:, left:]
+            answer = F.conv2d(x, filters, stride=stride).transpose(0, 1)
+            where = where[:, size // 2 :: stride, size // 2 :: stride][:, : answer.shape[2], : answer.shape[3]]
+            answers.append(answer[:, where].sort(dim=1).values)
+        ours, theirs = answers
+        if ours.shape[1] and theirs.shape[1]:
+            rank = ((torch.arange(ours.shape[1], device=ours.device) + 0.5) / ours.shape[1] * theirs.shape[1]).long()
+            variance = theirs.var(dim=1, keepdim=True).clamp(min=1e-8)
+            distances.append(((ours - theirs[:, rank]).square() / variance).mean())
+    return torch.stack(distances).mean() if distances else images.new_zeros(())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

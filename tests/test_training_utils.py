@@ -25,9 +25,11 @@ from dldm_pipeline.training_utils import (
     make_output_dir,
     noise_deviation,
     parse_args,
+    patch_distance,
     phantom_dataset,
     push_folder,
     save_checkpoint,
+    to_channels,
     write_pretrained,
 )
 
@@ -317,6 +319,58 @@ def test_noise_is_told_from_edges_and_shading(deviation):
     assert abs(noise_deviation(noisy, disc).mean() / deviation - 1) < 0.15
     assert noise_deviation(clean, disc) < 1e-3
     assert noise_deviation(noisy, torch.zeros_like(disc)).isnan().all()
+
+
+def test_a_subject_becomes_channels_of_one_image():
+    images, mask = torch.rand(2, 3, 16, 16), torch.zeros(2, 16, 16)
+    mask[:, 4:8, 4:8] = 1
+    present = torch.tensor([[True, True, True], [True, False, True]])
+    output = to_channels(images, present, mask)
+    assert output.shape == (2, 4, 16, 16) and (output[1, 1] == -1).all()
+    torch.testing.assert_close(output[0, :3], images[0] * 2 - 1)
+    # Blurred, but as much of it as before.
+    assert len(output[0, 3].unique()) > 2
+    torch.testing.assert_close((output[:, 3] + 1).sum(), 2 * mask.sum())
+    assert to_channels(images, present).shape == (2, 3, 16, 16)
+
+
+def test_patches_of_two_sets_lie_apart_by_what_they_show_and_not_by_how_many_there_are():
+    torch.manual_seed(0)
+
+    def draw(count, blur=1, joint=True):
+        images = torch.nn.functional.avg_pool2d(torch.randn(count, 1, 64, 64), blur, 1, blur // 2)
+        second = images if joint else images.flip(0)
+        images = torch.cat([images, second], dim=1) / images.std()
+        return images, torch.ones(count, 64, 64, dtype=torch.bool)
+
+    def distance(a, b):
+        return patch_distance(a[0], b[0], a[1], b[1]).item()
+
+    same = distance(draw(6, 3), draw(12, 3))
+    assert distance(draw(6, 5), draw(12, 3)) > 5 * same  # blurred
+    assert distance(draw(6, 3, joint=False), draw(12, 3)) > 5 * same  # channels that do not fit together
+    # What is not inside does not count, and nothing inside is no distance.
+    images, where = draw(6, 3)
+    half = where & (torch.arange(64) < 32)
+    changed = torch.where(half[:, None], images, 0)
+    away = half & (torch.arange(64) < 16)
+    torch.manual_seed(1)
+    kept = patch_distance(images, images, away, away)
+    torch.manual_seed(1)
+    torch.testing.assert_close(patch_distance(changed, images, away, away), kept)
+    assert patch_distance(images, images, ~where, where) == 0
+
+
+def test_patches_become_alike_by_its_gradient():
+    torch.manual_seed(0)
+    others, where = torch.randn(8, 1, 32, 32), torch.ones(8, 32, 32, dtype=torch.bool)
+    contrast = torch.tensor(0.5, requires_grad=True)
+    optimizer = torch.optim.Adam([contrast], lr=0.05)
+    for _ in range(40):
+        optimizer.zero_grad()
+        patch_distance(contrast * torch.randn(8, 1, 32, 32), others, where, where).backward()
+        optimizer.step()
+    assert contrast.item() == pytest.approx(1, abs=0.1)
 
 
 # Results

@@ -5,8 +5,8 @@
     accelerate launch training/train_autoencoder.py --dataset DATA --denoiser PIPELINE   # once more after train_ldm.py
 
 The loss is that of Na et al. (MIDL 2023), with its four strategies, and what this package adds: structure from any subset of
-modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure. `--adversarial_weight`
-adds a discriminator, as Rombach et al. (CVPR 2022) do, that compares what is decoded with real subjects.
+modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure. With `--denoiser`,
+`--patch_weight` also compares patches of new subjects with those of real ones.
 """
 
 import argparse
@@ -14,22 +14,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
+from dldm_pipeline.autoencoder_disentangled import DisentangledDecoderOutput
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
-from dldm_pipeline.discriminator import (
-    PatchDiscriminator,
-    discriminator_loss,
-    generator_loss,
-    r1_penalty,
-    to_channels,
-)
 from dldm_pipeline.hub import write_model_card
 from dldm_pipeline.muon import make_optimizers
 from dldm_pipeline.training_utils import (
@@ -46,10 +39,12 @@ from dldm_pipeline.training_utils import (
     make_ema,
     noise_deviation,
     parse_args,
+    patch_distance,
     push_folder,
     radial_power,
     save_checkpoint,
     start_trackers,
+    to_channels,
     transfer_rows,
     write_pretrained,
 )
@@ -58,7 +53,7 @@ PRESETS = Path(__file__).parent / "configs"
 DENOISED_FROM = 0.5  # latest time a structure is denoised from, of the schedule's length: its anatomy stays its own
 DENOISING_STEPS = 4
 GENERATING_STEPS = 25
-R1_GAMMA, R1_INTERVAL = 1.0, 16  # of the penalty on the discriminator's gradient, and steps between two of them
+PATCH_POOL = 24  # subjects, of this step and those before, whose patches are compared
 
 
 def build_parser() -> TrainingParser:
@@ -88,15 +83,15 @@ def build_parser() -> TrainingParser:
     )
     model.add_argument(
         "--denoiser",
-        help="pipeline folder to sharpen: half of the structures are decoded as its denoiser returns them from some noise, "
-        "so that the decoder learns to draw what the denoiser leaves soft. Starts from its autoencoder, freezes the "
-        "encoder, and writes the whole pipeline",
+        help="pipeline folder to sharpen: the decoder learns to draw what its denoiser leaves soft, from structures that the "
+        "denoiser draws (half of each batch) or returns from some noise (a quarter). Starts from its autoencoder, freezes "
+        "the encoder, and writes the whole pipeline",
     )
     model.add_argument(
         "--generated_subjects",
         type=int,
-        default=2048,
-        help="with --adversarial_weight: new structures that the denoiser draws before training, a third of each batch",
+        default=768,
+        help="with --denoiser: new structures to draw before training",
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--target_modalities", type=int, default=3, help="modalities decoded each step, drawn at random")
@@ -117,11 +112,10 @@ def build_parser() -> TrainingParser:
     loss.add_argument("--mask_weight", type=float, default=0.1, help="weight of cross-entropy plus Dice of the mask")
     loss.add_argument("--agreement_weight", type=float, default=0.3, help="weight of subset structure against full")
     loss.add_argument(
-        "--adversarial_weight",
+        "--patch_weight",
         type=float,
-        default=0.0,
-        help="with --denoiser: pull of a discriminator on the last layer, against that of all other terms; 0 trains none. "
-        "Tried at 1 on the bundled model: lesions and edges become better, and a faint grid appears (model_card.md)",
+        default=2.0,
+        help="with --denoiser: weight of the distance between patches of new subjects and of real ones; 0 leaves them out",
     )
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser
@@ -246,10 +240,10 @@ class DisentangledLoss(torch.nn.Module):
         self.args = args
         self.denoiser = denoiser  # a pipeline is no module: its weights are neither trained nor saved here
         self.generated = None  # (N, c_s, h, w), structures that the denoiser drew
+        self.pools = None  # the last subjects, new and real ones, whose patches are compared
         self.errors = None  # running squared error of each modality
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """The terms, and what was decoded as the discriminator sees it, (B, n + 1, H, W); `None` without `generated`."""
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         images, present, args = batch["images"], batch["present"], self.args
         batch_size, n = present.shape
         device = images.device
@@ -270,27 +264,27 @@ class DisentangledLoss(torch.nn.Module):
         if args.structure_noise:
             structure = add_noise(structure, variance, args.structure_noise)
         paired = batch_size  # subjects whose images are known, the first of the batch
+        if self.generated is not None:
+            paired = (batch_size + 1) // 2
+            drawn = torch.randint(len(self.generated), (batch_size - paired,), device=device)
+            structure = torch.cat([structure[:paired], self.generated[drawn]])
         if self.denoiser is not None:
-            part = slice((batch_size + 1) // 2 if self.generated is None else (batch_size + 2) // 3)
+            part = slice((paired + 1) // 2)
             start = torch.rand(part.stop, device=device) * DENOISED_FROM
             style = full.style_dist.mode()[part]
             denoised = denoise_structure(self.denoiser, structure[part], style, present[part], start, DENOISING_STEPS)
             structure = torch.cat([denoised, structure[part.stop :]])
-        if self.generated is not None:
-            paired = batch_size - batch_size // 3
-            drawn = torch.randint(len(self.generated), (batch_size - paired,), device=device)
-            structure = torch.cat([structure[:paired], self.generated[drawn]])
         # Strategy 4: the loss is averaged over modalities drawn at random, the ones rebuilt worst the most often.
         if self.errors is None:
             self.errors = torch.ones(n, device=device)
         count = n if self.generated is not None else min(args.target_modalities, n)
         chosen = torch.multinomial(self.errors**2, count).sort().values
         output = self.autoencoder.decode(structure, styles[:, chosen])
-        decoded = None
+        # What a decoder cannot foresee is no business of its: what is compared has as much noise as the target.
+        noise = noise_deviation(targets, foreground[:, None]).nan_to_num()[..., None, None]
+        patch = torch.zeros((), device=device)
         if self.generated is not None:
-            level = torch.tensor(self.autoencoder.config.noise_level, device=device)[:, None, None]
-            noisy = output.sample + level * torch.randn_like(output.sample) * output.foreground.sigmoid()[:, None]
-            decoded = to_channels(noisy.clamp(0, 1), present, output.mask.sigmoid() * batch["has_mask"][:, None, None])
+            patch = self.compare_patches(batch, output, noise, paired)
 
         sample, logits, targets = output.sample[:paired], output.mask[:paired], targets[:paired, chosen]
         foreground, weight = foreground[:paired], present[:paired, chosen, None, None].float()
@@ -306,67 +300,44 @@ class DisentangledLoss(torch.nn.Module):
         # Durall et al. (CVPR 2020): what a squared error leaves out shows as missing power in the outer rings.
         spectrum = torch.zeros((), device=device)
         if args.spectrum_weight:
-            # Noise is no business of the decoder's: what is compared has as much of it as the target.
-            noise = noise_deviation(targets, foreground[:, None]).nan_to_num()[..., None, None] * foreground[:, None]
-            noisy = sample + noise * torch.randn_like(targets)
+            noisy = sample + noise[:paired, chosen] * foreground[:, None] * torch.randn_like(targets)
             ratio = (radial_power(noisy) + 1e-4).log() - (radial_power(targets) + 1e-4).log()
             spectrum = (weight[..., 0] * ratio.abs()).mean()
-        terms = {
+        return {
             "l1": (weight * (sample - targets).abs()).mean(),
             "mse": squared.mean(),
             "edge": sum((weight * (a - b).abs()).mean() for a, b in zip(edges(sample), edges(targets), strict=True)),
             "spectrum": spectrum,
+            "patch": patch,
             "mask": 10 * cross_entropy + (1 - dice).mean(),
             "foreground": F.binary_cross_entropy_with_logits(output.foreground[:paired], foreground.float()),
             "agreement": ((subset_mode - mode) ** 2 / variance).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()
             + full.style_dist.kl().mean() / styles[0, 0].numel(),
         }
-        return terms, decoded
 
+    def compare_patches(
+        self, batch: dict[str, torch.Tensor], output: DisentangledDecoderOutput, noise: torch.Tensor, first: int
+    ) -> torch.Tensor:
+        """Distance between patches of the new subjects, those of the batch from row `first` on, and of the real ones.
 
-class Adversary:
-    """The discriminator, its training, and how hard it pulls at the decoder."""
-
-    def __init__(
-        self, model: DisentangledAutoencoder, accelerator: Accelerator, clock: TrainingClock, args: argparse.Namespace
-    ):
-        self.network = PatchDiscriminator(model.num_modalities + 1, model.config.patch_size)
-        optimizers = make_optimizers(self.network, args.learning_rate)
-        for optimizer in optimizers:
-            clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
-        self.judge, *self.optimizers = accelerator.prepare(self.network, *optimizers)
-        self.accelerator, self.step, self.balance = accelerator, 0, None
-        self.last_layer = model.head_out[-1].weight
-
-    def learn(self, real: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """One step of the discriminator on subjects (B, n + 1, H, W), real and decoded ones; returns its loss."""
-        penalised = self.step % R1_INTERVAL == 0
-        self.step += 1
-        real_logits = self.judge(real.requires_grad_(penalised))
-        loss = value = discriminator_loss(real_logits, self.judge(decoded.detach()))
-        if penalised:
-            loss = loss + 0.5 * R1_GAMMA * R1_INTERVAL * r1_penalty(real_logits.mean(dim=(1, 2)), real)
-        self.accelerator.backward(loss)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return value.detach()
-
-    def pull(self, decoded: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """The decoder's adversarial term, as long a gradient at its last layer as that of the other terms `others`.
-
-        Source: Esser et al., "Taming Transformers" (CVPR 2021), equation 7; measured now and then, as it moves slowly.
+        Those of some steps before are compared along, for a few subjects alone are no distribution.
         """
-        self.network.requires_grad_(False)
-        loss = generator_loss(self.network(decoded))
-        self.network.requires_grad_(True)
-        if self.balance is None or self.step % R1_INTERVAL == 0:
-            lengths = [
-                torch.autograd.grad(term, self.last_layer, retain_graph=True)[0].norm() for term in (others, loss)
+        sample, inside = output.sample[first:], output.foreground[first:]
+        noisy = sample + noise[first:] * inside.sigmoid()[:, None] * torch.randn_like(sample)
+        known = batch["has_mask"][:, None, None]
+        new = to_channels(noisy.clamp(0, 1), batch["present"][first:], output.mask[first:].sigmoid() * known[first:])
+        real = to_channels(batch["images"], batch["present"], batch["mask"] * known)
+        pools = [(new, inside > 0), (real, foreground_of(batch["images"], batch["present"]))]
+        if self.pools is not None:
+            pools = [
+                tuple(torch.cat(pair)[:PATCH_POOL] for pair in zip(now, before, strict=True))
+                for now, before in zip(pools, self.pools, strict=True)
             ]
-            self.balance = lengths[0] / lengths[1].clamp(min=1e-8)
-        return self.balance * loss
+        self.pools = [(images.detach(), where) for images, where in pools]
+        (images, where), (others, others_where) = pools
+        # Only the new ones have a gradient: it is to be as long as if they were alone.
+        return patch_distance(images, others, where, others_where) * len(images) / len(new)
 
 
 @torch.no_grad()
@@ -485,6 +456,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.denoiser is not None:
         # Latents that moved would leave the denoiser behind.
         args.init_from, args.freeze_encoder = args.init_from or args.denoiser, True
+    if args.denoiser is not None and args.patch_weight and args.train_batch_size < 2:
+        raise ValueError(f"--train_batch_size {args.train_batch_size}: give 2 or more, or --patch_weight 0")
     accelerator = make_accelerator(args)
     output_dir = Path(args.output_dir)
     data = find_dataset(accelerator, args, args.modalities)
@@ -538,9 +511,7 @@ def main(argv: list[str] | None = None) -> None:
         clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
     start_trackers(accelerator, "dldm-autoencoder", args)
     clock.start()
-    adversary = None
-    if denoiser is not None and args.adversarial_weight:
-        adversary = Adversary(model, accelerator, clock, args)
+    if denoiser is not None and args.patch_weight:
         accelerator.unwrap_model(objective).generated = generate_structures(
             denoiser, args.generated_subjects, show_progress=accelerator.is_main_process
         )
@@ -552,6 +523,7 @@ def main(argv: list[str] | None = None) -> None:
         "mse": args.mse_weight,
         "edge": args.edge_weight,
         "spectrum": args.spectrum_weight,
+        "patch": args.patch_weight,
         "mask": args.mask_weight,
         "foreground": 0.1,
         "agreement": args.agreement_weight,
@@ -565,14 +537,8 @@ def main(argv: list[str] | None = None) -> None:
             if torch.rand(()) < 0.5:
                 batch["images"], batch["mask"] = batch["images"].flip(-1), batch["mask"].flip(-1)
             with accelerator.accumulate(objective):
-                terms, decoded = objective(batch)
+                terms = objective(batch)
                 loss = sum(weights[name] * term for name, term in terms.items())
-                if adversary is not None:
-                    mask = batch["mask"] * batch["has_mask"][:, None, None]
-                    real = to_channels(batch["images"], batch["present"], mask)
-                    terms["discriminator"] = adversary.learn(real, decoded)
-                    terms["adversarial"] = adversary.pull(decoded, loss)
-                    loss = loss + args.adversarial_weight * terms["adversarial"]
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)

@@ -5,13 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.slices import write_slices
-from dldm_pipeline.training_utils import TrainingClock
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_autoencoder.py"
 spec = importlib.util.spec_from_file_location("train_autoencoder", SCRIPT)
@@ -184,22 +182,29 @@ def test_structures_are_generated_in_batches(tiny_pipeline):
     assert (structures[0] - structures[4]).abs().max() > 0.1
 
 
-def test_the_discriminator_learns_and_its_pull_is_balanced():
-    """It tells noise from grey after some steps, and its gradient at the last layer is as long as the others'."""
+def test_new_subjects_are_compared_with_real_ones_and_those_before_them(tiny_pipeline, monkeypatch):
+    """Black structures decode to what no real patch looks like; the gradient does not shrink as the pool grows."""
     torch.manual_seed(0)
-    model = DisentangledAutoencoder(modalities=["T1"], sample_size=16, head_channels=8)
-    args = Namespace(learning_rate=2e-3, lr_scheduler="constant", lr_warmup_steps=0)
-    adversary = train_autoencoder.Adversary(model, Accelerator(), TrainingClock(1000), args)
-    losses = [adversary.learn(torch.randn(8, 2, 16, 16), torch.zeros(8, 2, 16, 16)).item() for _ in range(40)]
-    assert losses[0] > 1 and losses[-1] < 0.1
-
-    z_struct, z_style = torch.randn(4, 16, 2, 2), torch.randn(4, 1, 8)
-    sample = model.decode(z_struct, z_style).sample
-    others = 7 * sample.square().mean()
-    pull = adversary.pull(sample.repeat(1, 2, 1, 1), others)
-    lengths = [torch.autograd.grad(term, adversary.last_layer, retain_graph=True)[0].norm() for term in (others, pull)]
-    torch.testing.assert_close(*lengths, rtol=1e-3, atol=0)
-    assert all(parameter.requires_grad for parameter in adversary.network.parameters())
+    model = tiny_pipeline.autoencoder
+    n, size = model.num_modalities, model.config.sample_size
+    args = train_autoencoder.build_parser().parse_args(["--patch_weight=1"])
+    objective = train_autoencoder.DisentangledLoss(model, args, tiny_pipeline)
+    objective.generated = torch.zeros(3, model.config.structure_channels, *[model.latent_size] * 2)
+    batch = {
+        "images": torch.rand(4, n, size, size).clamp(min=0.1),
+        "present": torch.ones(4, n, dtype=torch.bool),
+        "mask": (torch.rand(4, size, size) < 0.1).float(),
+        "has_mask": torch.ones(4, dtype=torch.bool),
+    }
+    monkeypatch.setattr(train_autoencoder, "PATCH_POOL", 6)
+    lengths = []
+    for expected in ([2, 4], [4, 6], [6, 6]):
+        patch = objective(batch)["patch"]
+        assert patch > 0 and [len(images) for images, _ in objective.pools] == expected
+        lengths.append(torch.autograd.grad(patch, model.head_out[-1].weight)[0].norm().item())
+    assert lengths[0] / 3 < lengths[2] < lengths[0] * 3
+    objective.generated = None
+    assert objective(batch)["patch"] == 0
 
 
 def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_path):
@@ -218,8 +223,8 @@ def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_pa
     start = [f"--init_from={tmp_path / 'pipeline'}", *more, "--learning_rate=1e-12", "--no-use_ema"]
     train_autoencoder.main(words(data, tmp_path / "same", *start))
     more += [f"--denoiser={tmp_path / 'pipeline'}"]
-    train_autoencoder.main(words(data, tmp_path / "plain", *more))
-    train_autoencoder.main(words(data, tmp_path / "second", *more, "--adversarial_weight=1"))
+    train_autoencoder.main(words(data, tmp_path / "plain", *more, "--patch_weight=0"))
+    train_autoencoder.main(words(data, tmp_path / "second", *more))
     same = DisentangledAutoencoder.from_pretrained(tmp_path / "same")
     sharpened = DLDMPipeline.from_pretrained(tmp_path / "second")
     second = sharpened.autoencoder
@@ -238,6 +243,8 @@ def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_pa
 
     same.register_to_config(structure_shift=[9.0] * channels)
     same.save_pretrained(tmp_path / "moved")
+    with pytest.raises(ValueError, match="--train_batch_size 1: give 2 or more"):
+        train_autoencoder.main(words(data, tmp_path / "refused", *more, "--train_batch_size=1"))
     start = [f"--init_from={tmp_path / 'moved'}", f"--denoiser={tmp_path / 'pipeline'}"]
     with pytest.raises(ValueError, match="--denoiser .* another structure_shift"):
         train_autoencoder.main(words(data, tmp_path / "refused", *start))

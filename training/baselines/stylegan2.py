@@ -1,7 +1,5 @@
 """StyleGAN2 for multi-modal slices: networks and augmentation, written from the papers in plain torch operations.
 
-Its losses are those of `dldm_pipeline.discriminator`.
-
 Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (CVPR 2020): mapping network, modulated and
 demodulated convolutions, noise inputs, skip generator, residual discriminator, lazy R1. Karras et al., "Progressive
 Growing of GANs" (ICLR 2018): equalised learning rates and minibatch standard deviation. Miyato & Koyama, "cGANs with
@@ -378,3 +376,29 @@ def translate(images: torch.Tensor, largest: float = 0.125) -> torch.Tensor:
     return torch.stack(
         [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(padded, corners, strict=True)]
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """The non-saturating loss of Goodfellow et al. (2014), a scalar, from logits of any shape."""
+    return F.softplus(-fake_logits).mean()
+
+
+def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """Logistic loss, a scalar, from logits of any shape."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def r1_penalty(real_logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Mean squared length of the logits' gradient by real images, a scalar (Mescheder et al. 2018).
+
+    Args:
+        real_logits: (B,), computed from `images`.
+        images: (B, C, H, W), with `requires_grad`.
+    """
+    (gradient,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()

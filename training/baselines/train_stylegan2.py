@@ -28,10 +28,9 @@ from baseline_utils import (
     read_slices,
 )
 from PIL import Image
-from stylegan2 import Discriminator, StyleGAN2, translate
+from stylegan2 import Discriminator, StyleGAN2, discriminator_loss, generator_loss, r1_penalty, translate
 from tqdm.auto import tqdm
 
-from dldm_pipeline.discriminator import discriminator_loss, generator_loss, r1_penalty, to_channels
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,
@@ -47,6 +46,7 @@ from dldm_pipeline.training_utils import (
     push_folder,
     save_checkpoint,
     start_trackers,
+    to_channels,
 )
 
 PRESETS = Path(__file__).parents[1] / "configs"

@@ -575,8 +575,7 @@ def to_channels(images: torch.Tensor, present: torch.Tensor, mask: torch.Tensor 
 def patch_distance(
     images: torch.Tensor,
     others: torch.Tensor,
-    inside: torch.Tensor,
-    others_inside: torch.Tensor,
+    regions: Sequence[tuple[torch.Tensor, torch.Tensor]],
     num_filters: int = 16,
     size: int = 7,
     levels: int = 3,
@@ -593,31 +592,32 @@ def patch_distance(
     Args:
         images: (B, C, H, W).
         others: (N, C, H, W), towards which the gradient pulls.
-        inside: (B, H, W) bool, centres of the patches to compare.
-        others_inside: (N, H, W) bool.
+        regions: pairs of bool (B, H, W) and (N, H, W), where the patches to compare have their centres; the distance is the
+            mean over regions and levels, without those where one set has no patch.
     """
     distances = []
     for level in range(levels):
         if level:
             images, others = F.avg_pool2d(images, 2), F.avg_pool2d(others, 2)
-            inside, others_inside = inside[:, ::2, ::2], others_inside[:, ::2, ::2]
+            regions = [(a[:, ::2, ::2], b[:, ::2, ::2]) for a, b in regions]
         filters = torch.randn(num_filters, images.shape[1], size, size, device=images.device)
         filters = filters - filters.mean(dim=(2, 3), keepdim=True)
         filters = filters / filters.flatten(1).norm(dim=1)[:, None, None, None]
-        # Every second patch is enough, from a random corner so that none is always left out.
-        top, left = torch.randint(2, (2,)).tolist() if level == 0 else (0, 0)
-        stride = 2 if level == 0 else 1
-        answers = []
-        for x, where in ((images, inside), (others, others_inside)):
-            x, where = x[..., top:, left:], where[..., top:, left:]
-            answer = F.conv2d(x, filters, stride=stride).transpose(0, 1)
-            where = where[:, size // 2 :: stride, size // 2 :: stride][:, : answer.shape[2], : answer.shape[3]]
-            answers.append(answer[:, where].sort(dim=1).values)
-        ours, theirs = answers
-        if ours.shape[1] and theirs.shape[1]:
-            rank = ((torch.arange(ours.shape[1], device=ours.device) + 0.5) / ours.shape[1] * theirs.shape[1]).long()
-            variance = theirs.var(dim=1, keepdim=True).clamp(min=1e-8)
-            distances.append(((ours - theirs[:, rank]).square() / variance).mean())
+        # At full size every second patch is enough, from a random corner so that none is always left out.
+        stride = 1 if level else 2
+        top, left = torch.randint(stride, (2,)).tolist()
+        answers = [F.conv2d(x[..., top:, left:], filters, stride=stride).transpose(0, 1) for x in (images, others)]
+        rows, columns = (slice(corner + size // 2, None, stride) for corner in (top, left))
+        height, width = answers[0].shape[2:]
+        for region in regions:
+            ours, theirs = (
+                answer[:, where[:, rows, columns][:, :height, :width]].sort(dim=1).values
+                for answer, where in zip(answers, region, strict=True)
+            )
+            if ours.shape[1] and theirs.shape[1] > 1:
+                rank = (torch.arange(ours.shape[1], device=ours.device) + 0.5) / ours.shape[1] * theirs.shape[1]
+                variance = theirs.var(dim=1, keepdim=True).clamp(min=1e-8)
+                distances.append(((ours - theirs[:, rank.long()]).square() / variance).mean())
     return torch.stack(distances).mean() if distances else images.new_zeros(())
 
 

@@ -344,7 +344,7 @@ def test_patches_of_two_sets_lie_apart_by_what_they_show_and_not_by_how_many_the
         return images, torch.ones(count, 64, 64, dtype=torch.bool)
 
     def distance(a, b):
-        return patch_distance(a[0], b[0], a[1], b[1]).item()
+        return patch_distance(a[0], b[0], [(a[1], b[1])]).item()
 
     same = distance(draw(6, 3), draw(12, 3))
     assert distance(draw(6, 5), draw(12, 3)) > 5 * same  # blurred
@@ -355,10 +355,12 @@ def test_patches_of_two_sets_lie_apart_by_what_they_show_and_not_by_how_many_the
     changed = torch.where(half[:, None], images, 0)
     away = half & (torch.arange(64) < 16)
     torch.manual_seed(1)
-    kept = patch_distance(images, images, away, away)
+    kept = patch_distance(images, images, [(away, away)])
     torch.manual_seed(1)
-    torch.testing.assert_close(patch_distance(changed, images, away, away), kept)
-    assert patch_distance(images, images, ~where, where) == 0
+    torch.testing.assert_close(patch_distance(changed, images, [(away, away)]), kept)
+    assert patch_distance(images, images, [(~where, where)]) == 0
+    torch.manual_seed(1)
+    assert patch_distance(images, images, [(away, away), (~where, where)]) == kept
 
 
 def test_patches_become_alike_by_its_gradient():
@@ -368,7 +370,7 @@ def test_patches_become_alike_by_its_gradient():
     optimizer = torch.optim.Adam([contrast], lr=0.05)
     for _ in range(40):
         optimizer.zero_grad()
-        patch_distance(contrast * torch.randn(8, 1, 32, 32), others, where, where).backward()
+        patch_distance(contrast * torch.randn(8, 1, 32, 32), others, [(where, where)]).backward()
         optimizer.step()
     assert contrast.item() == pytest.approx(1, abs=0.1)
 

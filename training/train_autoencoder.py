@@ -137,6 +137,12 @@ def foreground_of(images: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     return ((images > 0) & present[:, :, None, None]).any(dim=1)
 
 
+def near_tumour(mask: torch.Tensor) -> torch.Tensor:
+    """Pixels no further from the tumour than 8 to 16: mask (B, H, W) to bool (B, H, W)."""
+    blocks = F.max_pool2d(F.max_pool2d(mask[:, None].float(), 8), 3, stride=1, padding=1)
+    return F.interpolate(blocks, scale_factor=8.0, mode="nearest")[:, 0] > 0
+
+
 def draw_style_donors(present: torch.Tensor, probability: float) -> torch.Tensor:
     """For each subject and modality, the subject of the batch whose style is used. (B, n) bool in, (B, n) index out.
 
@@ -321,23 +327,27 @@ class DisentangledLoss(torch.nn.Module):
     ) -> torch.Tensor:
         """Distance between patches of the new subjects, those of the batch from row `first` on, and of the real ones.
 
-        Those of some steps before are compared along, for a few subjects alone are no distribution.
+        All of the brain counts one half, what is near a tumour the other. Subjects of some steps before are compared along,
+        for a few alone are no distribution.
         """
-        sample, inside = output.sample[first:], output.foreground[first:]
-        noisy = sample + noise[first:] * inside.sigmoid()[:, None] * torch.randn_like(sample)
-        known = batch["has_mask"][:, None, None]
-        new = to_channels(noisy.clamp(0, 1), batch["present"][first:], output.mask[first:].sigmoid() * known[first:])
-        real = to_channels(batch["images"], batch["present"], batch["mask"] * known)
-        pools = [(new, inside > 0), (real, foreground_of(batch["images"], batch["present"]))]
+        images, present, mask = batch["images"], batch["present"], batch["mask"] * batch["has_mask"][:, None, None]
+        sample, foreground = output.sample[first:], output.foreground[first:]
+        noisy = sample + noise[first:] * foreground.sigmoid()[:, None] * torch.randn_like(sample)
+        logits = output.mask[first:].masked_fill(~batch["has_mask"][first:, None, None], -100)
+        new = to_channels(noisy.clamp(0, 1), present[first:], logits.sigmoid())
+        sets = [
+            (new, foreground > 0, near_tumour(logits > 0)),
+            (to_channels(images, present, mask), foreground_of(images, present), near_tumour(mask > 0)),
+        ]
         if self.pools is not None:
-            pools = [
+            sets = [
                 tuple(torch.cat(pair)[:PATCH_POOL] for pair in zip(now, before, strict=True))
-                for now, before in zip(pools, self.pools, strict=True)
+                for now, before in zip(sets, self.pools, strict=True)
             ]
-        self.pools = [(images.detach(), where) for images, where in pools]
-        (images, where), (others, others_where) = pools
+        self.pools = [(pool.detach(), *where) for pool, *where in sets]
+        (ours, *our_regions), (theirs, *their_regions) = sets
         # Only the new ones have a gradient: it is to be as long as if they were alone.
-        return patch_distance(images, others, where, others_where) * len(images) / len(new)
+        return patch_distance(ours, theirs, [*zip(our_regions, their_regions, strict=True)]) * len(ours) / len(new)
 
 
 @torch.no_grad()

@@ -200,11 +200,19 @@ def test_new_subjects_are_compared_with_real_ones_and_those_before_them(tiny_pip
     lengths = []
     for expected in ([2, 4], [4, 6], [6, 6]):
         patch = objective(batch)["patch"]
-        assert patch > 0 and [len(images) for images, _ in objective.pools] == expected
+        assert patch > 0 and [len(images) for images, *_ in objective.pools] == expected
         lengths.append(torch.autograd.grad(patch, model.head_out[-1].weight)[0].norm().item())
     assert lengths[0] / 3 < lengths[2] < lengths[0] * 3
     objective.generated = None
     assert objective(batch)["patch"] == 0
+
+
+def test_near_a_tumour_is_around_it_and_nowhere_else():
+    mask = torch.zeros(2, 64, 64)
+    mask[0, 30:34, 20] = 1
+    near = train_autoencoder.near_tumour(mask)
+    assert near.shape == mask.shape and not near[1].any()
+    assert near[0, 22:42, 12:28].all() and not near[0, :, 45:].any() and not near[0, 55:].any()
 
 
 def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_path):

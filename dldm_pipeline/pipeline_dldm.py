@@ -148,10 +148,13 @@ class DLDMPipeline(DiffusionPipeline):
             kwargs: as in [`DiffusionPipeline.from_pretrained`]; weights are read from safetensors only.
 
         Raises:
-            ValueError: if there are no safetensors but, say, a pickle, if the list of modalities is malformed, or if there
-                are classes of unknown modules, which only `trust_remote_code=True` runs.
+            ValueError: if there is no such folder or repository, if there are no safetensors but, say, a pickle, if the list
+                of modalities is malformed, or if there are classes of unknown modules, which only `trust_remote_code=True`
+                runs.
         """
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        # diffusers takes what is no folder for the name of a repository, and then it must be a string.
+        name = os.fspath(pretrained_model_name_or_path)
+        return super().from_pretrained(name, **{**kwargs, "use_safetensors": True})
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:

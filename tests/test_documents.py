@@ -38,7 +38,7 @@ FEW_STEPS = "--max_train_steps 2 --train_batch_size 2 --validation_steps 0"
 TWO_STEPS = "--num_inference_steps 2"
 SMALLER = {
     "training/prepare_dataset.py": "",
-    "training/train_autoencoder.py": FEW_STEPS,
+    "training/train_autoencoder.py": f"{FEW_STEPS} --generated_subjects 2",
     "training/train_ldm.py": FEW_STEPS,
     "training/baselines/train_stylegan2.py": f"{FEW_STEPS} --selection_subjects 0",
     "training/baselines/train_plain_ldm.py": f"{FEW_STEPS} --autoencoder_steps 2 --selection_subjects 0",
@@ -51,6 +51,7 @@ SMALLER = {
     "examples/app.py": "--help",  # serves until it is stopped: tests/examples/test_app.py starts it
     "benchmarks/paper_preset.py": "--help",  # a minute and 2 GiB
     "benchmarks/comparison.py": "--help",  # hours
+    "--pipeline outputs/comparison/dldm": "--help",  # of a pipeline that takes hours
     "--config autoencoder_paper": "--help",  # as the benchmark of the paper's preset
     "--config ldm_paper": "--help",
 }

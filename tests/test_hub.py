@@ -98,6 +98,12 @@ def test_foreign_modules_are_not_run_without_trust(folder, tmp_path, name, class
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_that_is_not_there_is_named(tmp_path, kind):
+    with pytest.raises(ValueError, match="nowhere.* neither a valid local path"):
+        DLDMPipeline.from_pretrained(kind(tmp_path / "nowhere"))
+
+
 @pytest.mark.parametrize("component", ["autoencoder", "unet"])
 def test_pickled_weights_are_refused(folder, component):
     weights = folder / component / "diffusion_pytorch_model.safetensors"

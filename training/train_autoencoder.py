@@ -114,7 +114,7 @@ def build_parser() -> TrainingParser:
     loss.add_argument(
         "--patch_weight",
         type=float,
-        default=2.0,
+        default=8.0,
         help="with --denoiser: weight of the distance between patches of new subjects and of real ones; 0 leaves them out",
     )
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")

@@ -85,8 +85,7 @@ def train_autoencoder(batch_size: int) -> tuple[int, float]:
     objective = script.DisentangledLoss(model, args)
 
     def loss() -> torch.Tensor:
-        terms, _ = objective(batch)
-        return sum(getattr(args, f"{name}_weight", 1.0) * term for name, term in terms.items())
+        return sum(getattr(args, f"{name}_weight", 1.0) * term for name, term in objective(batch).items())
 
     return model.num_parameters(), step(model, loss, args.learning_rate)
 

@@ -576,9 +576,6 @@ def patch_distance(
     images: torch.Tensor,
     others: torch.Tensor,
     regions: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    num_filters: int = 16,
-    size: int = 7,
-    levels: int = 3,
 ) -> torch.Tensor:
     """How far the patches of two sets of images lie apart as distributions: squared sliced Wasserstein distance, a scalar.
 
@@ -595,6 +592,7 @@ def patch_distance(
         regions: pairs of bool (B, H, W) and (N, H, W), where the patches to compare have their centres; the distance is the
             mean over regions and levels, without those where one set has no patch.
     """
+    num_filters, size, levels = 16, 7, 3
     distances = []
     for level in range(levels):
         if level:

@@ -99,7 +99,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
     One encoder is shared by all modalities and told which one it sees. Its features are fused over the modalities present by
     a learned weighting at every position, so that any non-empty subset gives a structure. Convolutions run at 1/4 and 1/8
     of the image size: the image is patchified first (as in deep-compression autoencoders, Chen et al. 2024). The decoder's
-    trunk sees the structure alone and runs once a subject; a small head modulated by one style renders one image.
+    trunk sees the structure alone and runs once a subject; a small head modulated by one style renders one image. Beside both
+    runs a linear map: of all pixels of a place to its structure, and of structure to pixels, its matrix a sum that the style
+    weighs.
 
     Args:
         modalities: names of the n modalities, in the order of the images' second axis.
@@ -174,6 +176,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.encoder_coarse = nn.ModuleList(ResBlock(e1, e0) for _ in range(encoder_blocks))
         self.fusion_weight = nn.Conv2d(e1, e1, 1)
         self.fusion = nn.ModuleList(ResBlock(e1) for _ in range(encoder_blocks))
+        # Beside the network a linear map, from the pixels of a place to its structure, and below one back: what a linear map
+        # can do it learns in a hundred steps, and the network in thousands.
+        self.encoder_linear = nn.Conv2d(4 * n * patch_channels, structure_channels, 1)
         self.structure_out = nn.Sequential(nn.GroupNorm(8, e1), nn.SiLU(), nn.Conv2d(e1, 2 * structure_channels, 1))
         self.style_out = nn.Sequential(nn.Conv2d(e1, e1, 1), nn.SiLU(), nn.Conv2d(e1, 2 * style_channels, 1))
 
@@ -181,6 +186,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.decoder_coarse = nn.ModuleList(ResBlock(d1) for _ in range(decoder_blocks))
         self.decoder_up = nn.Conv2d(d1, 4 * d0, 1)
         self.decoder_fine = nn.ModuleList(ResBlock(d0) for _ in range(decoder_blocks))
+        self.decoder_linear = nn.Conv2d(structure_channels, 4 * style_channels * patch_channels, 1)
+        self.decoder_linear_style = nn.Conv2d(style_channels, style_channels, 1)
         self.style_in = nn.Sequential(nn.Conv2d(style_channels, d0, 1), nn.SiLU(), nn.Conv2d(d0, d0, 1), nn.SiLU())
         self.head_in = nn.Conv2d(d0, head_channels, 1)
         self.head = nn.ModuleList(ResBlock(head_channels, d0) for _ in range(head_blocks))
@@ -202,6 +209,10 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         for head, channels in ((self.structure_out[-1], structure_channels), (self.style_out[-1], style_channels)):
             # Posteriors start narrow (deviation 0.05), or their noise would drown the first signal.
             nn.init.constant_(head.bias[channels:], -6.0)
+        # Zero where an autoencoder of before has none.
+        for layer in (self.encoder_linear, self.decoder_linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         # All is foreground at first, or nothing would reach the images.
         nn.init.zeros_(self.foreground_out[-1].weight)
         nn.init.constant_(self.foreground_out[-1].bias, 3.0)
@@ -265,6 +276,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         style = self.style_out(h if self.config.style_type == "map" else h.mean(dim=(2, 3), keepdim=True))
         style_dist = StyleDistribution(style, n, self.config.style_type)
         features = h.unflatten(0, (batch, n))
+        # About zero mean and unit deviation.
+        blocks = F.pixel_unshuffle(4 * images - 1, 2 * self.config.patch_size).unflatten(1, (n, -1))
         weight = self.fusion_weight(h).unflatten(0, (batch, n))
         outputs = []
         for present in presents:
@@ -278,6 +291,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
                 w = w.masked_fill(~present[:, :, None, None, None], float("-inf"))
             z = self._run(self.fusion, (w.softmax(dim=1) * features).sum(dim=1))
             mean, logvar = self.structure_out(z).chunk(2, dim=1)
+            share = 1.0 if present is None else (n * present / present.sum(dim=1, keepdim=True))[:, :, None, None, None]
+            mean = mean + self.encoder_linear((share * blocks).flatten(1, 2))
             structure_dist = DiagonalGaussianDistribution(torch.cat([mean - self._offset(present), logvar], dim=1))
             outputs.append(DisentangledEncoderOutput(structure_dist=structure_dist, style_dist=style_dist))
         return outputs
@@ -333,12 +348,18 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         foreground = F.pixel_shuffle(self.foreground_out(h), self.config.patch_size)
 
         style = z_style.flatten(0, 1)
-        style = self.style_in(style if style.ndim == 4 else style[:, :, None, None])
+        style = style if style.ndim == 4 else style[:, :, None, None]
+        # As many images as a style has values, from the structure alone, summed as the style says.
+        shares = self.decoder_linear_style(style).unflatten(0, (batch, k))
+        blocks = self.decoder_linear(z_struct).unflatten(1, (c_t, -1))
+        linear = torch.einsum("bkcyx,bcpyx->bkpyx", shares.expand(-1, -1, -1, grid, grid), blocks)
+        style = self.style_in(style)
         if self.config.style_type == "map":
             style = F.interpolate(style, scale_factor=2.0, mode="nearest")
         h = self._run(self.head, self.head_in(h).repeat_interleave(k, dim=0), style)
-        sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size).reshape(batch, k, *mask.shape[1:])
-        sample = sample * foreground.sigmoid()
+        sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size)
+        sample = sample + F.pixel_shuffle(linear.flatten(0, 1), 2 * self.config.patch_size)
+        sample = sample.reshape(batch, k, *mask.shape[1:]) * foreground.sigmoid()
         if not return_dict:
             return sample, mask, foreground[:, 0]
         return DisentangledDecoderOutput(sample=sample, mask=mask, foreground=foreground[:, 0])

@@ -439,6 +439,11 @@ def load_autoencoder(args: argparse.Namespace, dataset: SliceDataset) -> Disenta
         scales = {f"{kind}_{name}": None for kind in ("structure", "style") for name in ("shift", "scale")}
         changes |= {"modalities": names, "sample_size": args.resolution, "noise_level": None, **scales}
         weights["modality_embedding.weight"] = transfer_rows(weights["modality_embedding.weight"], known, names)
+        if "encoder_linear.weight" in weights:
+            rows = weights["encoder_linear.weight"].unflatten(1, (len(known), -1)).transpose(0, 1)
+            # Their answers are summed.
+            rows = transfer_rows(rows, known, names) * len(known) / len(names)
+            weights["encoder_linear.weight"] = rows.transpose(0, 1).flatten(1, 2).contiguous()
         del weights["structure_offset"]
     model = DisentangledAutoencoder.from_config(config, **changes)
     model.load_state_dict(model.state_dict() | weights)

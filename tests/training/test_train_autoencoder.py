@@ -309,6 +309,21 @@ def test_an_older_autoencoder_without_a_layer_can_be_started_from(data, tmp_path
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def test_what_is_known_of_a_modality_goes_over_by_its_name(data, tmp_path):
+    train_autoencoder.main(words(data, tmp_path / "first", "--checkpointing_steps=0"))
+    more = [f"--init_from={tmp_path / 'first'}", "--modalities", "FLAIR", "T1", "--learning_rate=1e-12", "--no-use_ema"]
+    train_autoencoder.main(words(data, tmp_path / "second", *more, "--checkpointing_steps=0"))
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    rows = [MODALITIES.index(name) for name in ("FLAIR", "T1")]
+    key = "modality_embedding.weight"
+    torch.testing.assert_close(second[key], first[key][rows])
+    # The answers to modalities are summed, and there are two now, not three.
+    key = "encoder_linear.weight"
+    expected = 3 / 2 * first[key].unflatten(1, (3, -1))[:, rows].flatten(1, 2)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(second[key], expected)
+
+
 def test_radial_power_knows_a_wave_and_a_blur():
     image = torch.rand(2, 32, 32)
     power = train_autoencoder.radial_power(image)

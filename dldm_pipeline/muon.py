@@ -11,12 +11,19 @@ import torch
 
 
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest matrix (rows, columns) whose singular values are about 1, by Newton-Schulz iteration."""
+    """The nearest matrix (rows, columns) whose singular values are about 1, by Newton-Schulz iteration.
+
+    Every iterate is a polynomial of the first one's Gram matrix times that first one, so only Gram matrices are multiplied:
+    a third of the work where a matrix is nine times as long as high, as those of 3x3 convolutions are.
+    """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
+    gram, product = x @ x.T, torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        gram, product = factor @ gram @ factor, factor @ product
+    x = product @ x
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 

@@ -291,8 +291,12 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
                 w = w.masked_fill(~present[:, :, None, None, None], float("-inf"))
             z = self._run(self.fusion, (w.softmax(dim=1) * features).sum(dim=1))
             mean, logvar = self.structure_out(z).chunk(2, dim=1)
-            share = 1.0 if present is None else (n * present / present.sum(dim=1, keepdim=True))[:, :, None, None, None]
-            mean = mean + self.encoder_linear((share * blocks).flatten(1, 2))
+            pixels = blocks
+            if present is not None:
+                # The sum over those present stands for that over all.
+                share = n * present / present.sum(dim=1, keepdim=True)
+                pixels = blocks * share[:, :, None, None, None].to(blocks.dtype)
+            mean = mean + self.encoder_linear(pixels.flatten(1, 2))
             structure_dist = DiagonalGaussianDistribution(torch.cat([mean - self._offset(present), logvar], dim=1))
             outputs.append(DisentangledEncoderOutput(structure_dist=structure_dist, style_dist=style_dist))
         return outputs

@@ -176,8 +176,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.encoder_coarse = nn.ModuleList(ResBlock(e1, e0) for _ in range(encoder_blocks))
         self.fusion_weight = nn.Conv2d(e1, e1, 1)
         self.fusion = nn.ModuleList(ResBlock(e1) for _ in range(encoder_blocks))
-        # Beside the network a linear map, from the pixels of a place to its structure, and below one back: what a linear map
-        # can do it learns in a hundred steps, and the network in thousands.
+        # Beside the network a linear map, here to the structure and in the decoder back: what a linear map can do, the network
+        # is slow to learn.
         self.encoder_linear = nn.Conv2d(4 * n * patch_channels, structure_channels, 1)
         self.structure_out = nn.Sequential(nn.GroupNorm(8, e1), nn.SiLU(), nn.Conv2d(e1, 2 * structure_channels, 1))
         self.style_out = nn.Sequential(nn.Conv2d(e1, e1, 1), nn.SiLU(), nn.Conv2d(e1, 2 * style_channels, 1))
@@ -209,7 +209,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         for head, channels in ((self.structure_out[-1], structure_channels), (self.style_out[-1], style_channels)):
             # Posteriors start narrow (deviation 0.05), or their noise would drown the first signal.
             nn.init.constant_(head.bias[channels:], -6.0)
-        # Zero where an autoencoder of before has none.
+        # An autoencoder saved without linear maps goes on as it was when it is trained further.
         for layer in (self.encoder_linear, self.decoder_linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -276,7 +276,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         style = self.style_out(h if self.config.style_type == "map" else h.mean(dim=(2, 3), keepdim=True))
         style_dist = StyleDistribution(style, n, self.config.style_type)
         features = h.unflatten(0, (batch, n))
-        # About zero mean and unit deviation.
+        # Brought to about zero mean and unit deviation.
         blocks = F.pixel_unshuffle(4 * images - 1, 2 * self.config.patch_size).unflatten(1, (n, -1))
         weight = self.fusion_weight(h).unflatten(0, (batch, n))
         outputs = []
@@ -353,10 +353,10 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
 
         style = z_style.flatten(0, 1)
         style = style if style.ndim == 4 else style[:, :, None, None]
-        # As many images as a style has values, from the structure alone, summed as the style says.
-        shares = self.decoder_linear_style(style).unflatten(0, (batch, k))
+        # The structure alone gives as many images as a style has values; the style weighs their sum.
+        weights = self.decoder_linear_style(style).unflatten(0, (batch, k))
         blocks = self.decoder_linear(z_struct).unflatten(1, (c_t, -1))
-        linear = torch.einsum("bkcyx,bcpyx->bkpyx", shares.expand(-1, -1, -1, grid, grid), blocks)
+        linear = torch.einsum("bkcyx,bcpyx->bkpyx", weights.expand(-1, -1, -1, grid, grid), blocks)
         style = self.style_in(style)
         if self.config.style_type == "map":
             style = F.interpolate(style, scale_factor=2.0, mode="nearest")

@@ -148,9 +148,10 @@ class DLDMPipeline(DiffusionPipeline):
             kwargs: as in [`DiffusionPipeline.from_pretrained`]; weights are read from safetensors only.
 
         Raises:
-            ValueError: if there is no such folder or repository, if there are no safetensors but, say, a pickle, if the list
-                of modalities is malformed, or if there are classes of unknown modules, which only `trust_remote_code=True`
-                runs.
+            ValueError: if it is neither a folder that is there nor a name that a repository can have, if there are no
+                safetensors but, say, a pickle, if the list of modalities is malformed, or if there are classes of unknown
+                modules, which only `trust_remote_code=True` runs.
+            RepositoryNotFoundError: if the Hub has no such repository, or it is private and the token is missing.
         """
         # diffusers takes what is no folder for the name of a repository, and then it must be a string.
         name = os.fspath(pretrained_model_name_or_path)

@@ -441,7 +441,7 @@ def load_autoencoder(args: argparse.Namespace, dataset: SliceDataset) -> Disenta
         weights["modality_embedding.weight"] = transfer_rows(weights["modality_embedding.weight"], known, names)
         if "encoder_linear.weight" in weights:
             rows = weights["encoder_linear.weight"].unflatten(1, (len(known), -1)).transpose(0, 1)
-            # Their answers are summed.
+            # The map sums over the modalities, and there are now more or fewer of them.
             rows = transfer_rows(rows, known, names) * len(known) / len(names)
             weights["encoder_linear.weight"] = rows.transpose(0, 1).flatten(1, 2).contiguous()
         del weights["structure_offset"]

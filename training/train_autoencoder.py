@@ -379,7 +379,7 @@ def measure_noise(model: DisentangledAutoencoder, loader: DataLoader) -> None:
     """Measure the mean deviation of each modality's noise over the training set and keep it in the model's config."""
     total, counts = torch.zeros(model.num_modalities), torch.zeros(model.num_modalities)
     for batch in tqdm(loader, desc="measuring noise", unit="batch"):
-        images, present = batch["images"], batch["present"]
+        images, present = batch["images"].to(model.device), batch["present"].to(model.device)
         deviation = noise_deviation(images, foreground_of(images, present)[:, None])
         total += torch.where(present, deviation.nan_to_num(), 0).sum(dim=0).cpu()
         counts += present.sum(dim=0).cpu()
@@ -394,12 +394,14 @@ def measure_latents(model: DisentangledAutoencoder, loader: DataLoader) -> None:
     all goes to `structure_offset`, which `encode` takes off: else the structure tells which modality it came from.
     """
     sums = {"structure": [0.0, 0.0, 0], "style": [0.0, 0.0, 0]}
-    offset, counts = torch.zeros_like(model.structure_offset, dtype=torch.float64), torch.zeros(model.num_modalities)
+    offset = torch.zeros_like(model.structure_offset, dtype=torch.float64)
+    counts = torch.zeros(model.num_modalities, device=model.device)
     model.structure_offset.zero_()
     for batch in tqdm(loader, desc="measuring latents", unit="batch"):
-        present = batch["present"]
-        alone = torch.eye(model.num_modalities, dtype=torch.bool)[:, None].expand(-1, len(present), -1)
-        full, *single = model.encode_subsets(batch["images"], [present, *alone])
+        images, present = batch["images"].to(model.device), batch["present"].to(model.device)
+        alone = torch.eye(model.num_modalities, dtype=torch.bool, device=model.device)
+        alone = alone[:, None].expand(-1, len(present), -1)
+        full, *single = model.encode_subsets(images, [present, *alone])
         structure = full.structure_dist.mode()
         for m, output in enumerate(single):
             offset[m] += (output.structure_dist.mode() - structure)[present[:, m]].double().sum(dim=0)
@@ -514,6 +516,8 @@ def main(argv: list[str] | None = None) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("decoder", "style_in", "head", "mask", "foreground")))
     denoiser = load_denoiser(args, model)
+    if denoiser is not None:
+        denoiser.to(accelerator.device)
     objective, *optimizers, loader, validation_loader = accelerator.prepare(
         DisentangledLoss(model, args, denoiser),
         *make_optimizers(model, args.learning_rate),
@@ -587,9 +591,10 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(model.parameters())
+        all_slices = DataLoader(train_set, 16, num_workers=args.dataloader_num_workers)
         if not args.freeze_encoder or model.config.structure_scale is None:
-            measure_latents(model, DataLoader(train_set, 16))
-        measure_noise(model, DataLoader(train_set, 16))
+            measure_latents(model, all_slices)
+        measure_noise(model, all_slices)
         figures = validate(model, validation_loader, output_dir / "samples.png")
         trained = model if denoiser is None else DLDMPipeline(model, denoiser.unet, denoiser.scheduler)
         write_pretrained(trained.save_pretrained, output_dir)

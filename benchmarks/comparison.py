@@ -37,7 +37,7 @@ def trainings(folder: Path, minutes: float) -> dict[str, dict[str, list[str]]]:
                 str(ROOT / "training" / "train_ldm.py"),
                 f"--autoencoder={folder / 'autoencoder'}",
                 f"--cache_dir={folder / 'cache'}",
-                "--learning_rate=3e-3",
+                "--learning_rate=5e-3",
                 "--conditional_share=0.15",
                 "--ema_decay=0.998",
                 *times["ldm"],

@@ -7,8 +7,9 @@
 The paper (Na et al., MIDL 2023) compares DLDM with StyleGAN2 by 1,000 generated samples each. Here all see the same training
 subjects for the same wall-clock minutes; DLDM's are shared by its three trainings (autoencoder, denoiser, decoder). Nothing
 else should run on a training's cores; minutes of processor time, which show it if something did, go to
-OUTPUT_DIR/minutes.json. A training that was interrupted goes on where it was, and one that is done is left alone: copy
-benchmarks/compared/ to OUTPUT_DIR for what is trained already. The report is OUTPUT_DIR/evaluation/report.md.
+OUTPUT_DIR/minutes.json. A training that was interrupted goes on where it was, and one that is done is left alone: copied
+to OUTPUT_DIR, benchmarks/compared/ spares the trainings of StyleGAN2 and plain latent diffusion by the third line above. The
+report is OUTPUT_DIR/evaluation/report.md.
 """
 
 import argparse

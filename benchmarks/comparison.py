@@ -24,7 +24,7 @@ from dldm_pipeline.training_utils import clear_errors, make_output_dir, phantom_
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of DLDM's minutes. Other shares were not tried.
-SHARES = {"autoencoder": 0.28, "ldm": 0.42, "dldm": 0.3}
+SHARES = {"autoencoder": 0.35, "ldm": 0.45, "dldm": 0.2}
 
 
 def trainings(folder: Path, minutes: float) -> dict[str, dict[str, list[str]]]:

@@ -8,6 +8,7 @@ from the structure are ours. This file imports torch and diffusers only: it is a
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -97,22 +98,23 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
     """Encodes aligned modalities of a subject into (z_struct, z_style_1..n) and decodes each pair (z_struct, z_style_m).
 
     One encoder is shared by all modalities and told which one it sees. Its features are fused over the modalities present by
-    a learned weighting at every position, so that any non-empty subset gives a structure. Convolutions run at 1/4 and 1/8
-    of the image size: the image is patchified first (as in deep-compression autoencoders, Chen et al. 2024). The decoder's
-    trunk sees the structure alone and runs once a subject; a small head modulated by one style renders one image. Beside both
+    a learned weighting at every position, so that any non-empty subset gives a structure. No convolution runs at full size:
+    the image is patchified first (as in deep-compression autoencoders, Chen et al. 2024), then each grid has half the size
+    of the one before, down to that of the latents. The decoder's trunk sees the structure alone and runs once a subject; a small head modulated by one style renders one image. Beside both
     runs a linear map: of all pixels of a place to its structure, and of structure to pixels, its matrix a sum that the style
     weighs.
 
     Args:
         modalities: names of the n modalities, in the order of the images' second axis.
-        sample_size: height and width of the images in pixels; must divide by `2 * patch_size`.
-        patch_size: side of the patches that become channels; the latent grid is `sample_size / (2 * patch_size)`.
+        sample_size: height and width of the images in pixels; must divide by `patch_size * 2 ** (grids - 1)`, the number
+            of pixels that a place of the latents stands for in each direction.
+        patch_size: side of the patches that become channels.
         structure_channels: channels c_s of z_struct.
         style_channels: channels c_t of each z_style.
         style_type: "vector" for one style vector an image (it cannot carry anatomy), "map" for a style on the latent grid
             (the paper's reading).
-        encoder_channels: widths of the encoder at 1/4 and 1/8 of the image size.
-        decoder_channels: widths of the decoder at 1/8 and 1/4 of the image size.
+        encoder_channels: widths of the encoder's grids, from `sample_size / patch_size` down to the latents' size.
+        decoder_channels: widths of the decoder's grids, as many, from the latents' size up.
         encoder_blocks, decoder_blocks: residual blocks on each grid of the encoder (each modality) and of the decoder's trunk.
         head_channels, head_blocks: width and residual blocks of the part that runs once for each image.
         structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
@@ -122,7 +124,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             A decoder can only return the mean of what it cannot foresee; `DLDMPipeline` adds the noise that was there.
 
     Raises:
-        ValueError: on an unknown `style_type`, a size that does not divide, or empty or duplicate modality names.
+        ValueError: on an unknown `style_type`, a size that does not divide, an encoder and a decoder of different depth, or
+            empty or duplicate modality names.
     """
 
     _supports_gradient_checkpointing = True
@@ -137,9 +140,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         structure_channels: int = 16,
         style_channels: int = 8,
         style_type: str = "vector",
-        encoder_channels: tuple[int, int] = (32, 96),
+        encoder_channels: tuple[int, ...] = (32, 96),
         encoder_blocks: int = 1,
-        decoder_channels: tuple[int, int] = (128, 64),
+        decoder_channels: tuple[int, ...] = (128, 64),
         decoder_blocks: int = 2,
         head_channels: int = 64,
         head_blocks: int = 1,
@@ -160,33 +163,43 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             raise ValueError(f"`modalities` must be a non-empty list of different names, got {modalities!r}.")
         if style_type not in ("vector", "map"):
             raise ValueError(f"`style_type` must be 'vector' or 'map', got {style_type!r}.")
-        if sample_size % (2 * patch_size):
+        if not encoder_channels or len(encoder_channels) != len(decoder_channels):
             raise ValueError(
-                f"`sample_size` {sample_size} does not divide by 2 * `patch_size` = {2 * patch_size}; "
-                f"take {max(1, sample_size // (2 * patch_size)) * 2 * patch_size} or another `patch_size`."
+                f"`encoder_channels` {list(encoder_channels)} and `decoder_channels` {list(decoder_channels)} must name one "
+                "width for each grid, as many in both."
+            )
+        shrink = self.shrink_factor
+        if sample_size % shrink:
+            raise ValueError(
+                f"`sample_size` {sample_size} does not divide by `patch_size` {patch_size}, halved to {len(encoder_channels)} "
+                f"grids: {shrink}; take {max(1, sample_size // shrink) * shrink} or another `patch_size`."
             )
         n, patch_channels = len(modalities), patch_size**2
-        e0, e1 = encoder_channels
-        d1, d0 = decoder_channels
+        e0, e1 = encoder_channels[0], encoder_channels[-1]
+        d1, d0 = decoder_channels[0], decoder_channels[-1]
 
         self.modality_embedding = nn.Embedding(n, e0)
         self.encoder_in = nn.Conv2d(patch_channels, e0, 3, padding=1)
-        self.encoder_fine = nn.ModuleList(ResBlock(e0, e0) for _ in range(encoder_blocks))
-        self.encoder_down = nn.Conv2d(4 * e0, e1, 1)
-        self.encoder_coarse = nn.ModuleList(ResBlock(e1, e0) for _ in range(encoder_blocks))
+        self.encoder_grids = nn.ModuleList(
+            nn.ModuleList(ResBlock(width, e0) for _ in range(encoder_blocks)) for width in encoder_channels
+        )
+        self.encoder_down = nn.ModuleList(
+            nn.Conv2d(4 * fine, coarse, 1) for fine, coarse in pairwise(encoder_channels)
+        )
         self.fusion_weight = nn.Conv2d(e1, e1, 1)
         self.fusion = nn.ModuleList(ResBlock(e1) for _ in range(encoder_blocks))
         # Beside the network a linear map, here to the structure and in the decoder back: what a linear map can do, the network
         # is slow to learn.
-        self.encoder_linear = nn.Conv2d(4 * n * patch_channels, structure_channels, 1)
+        self.encoder_linear = nn.Conv2d(n * shrink**2, structure_channels, 1)
         self.structure_out = nn.Sequential(nn.GroupNorm(8, e1), nn.SiLU(), nn.Conv2d(e1, 2 * structure_channels, 1))
         self.style_out = nn.Sequential(nn.Conv2d(e1, e1, 1), nn.SiLU(), nn.Conv2d(e1, 2 * style_channels, 1))
 
         self.decoder_in = nn.Conv2d(structure_channels, d1, 3, padding=1)
-        self.decoder_coarse = nn.ModuleList(ResBlock(d1) for _ in range(decoder_blocks))
-        self.decoder_up = nn.Conv2d(d1, 4 * d0, 1)
-        self.decoder_fine = nn.ModuleList(ResBlock(d0) for _ in range(decoder_blocks))
-        self.decoder_linear = nn.Conv2d(structure_channels, 4 * style_channels * patch_channels, 1)
+        self.decoder_grids = nn.ModuleList(
+            nn.ModuleList(ResBlock(width) for _ in range(decoder_blocks)) for width in decoder_channels
+        )
+        self.decoder_up = nn.ModuleList(nn.Conv2d(coarse, 4 * fine, 1) for coarse, fine in pairwise(decoder_channels))
+        self.decoder_linear = nn.Conv2d(structure_channels, style_channels * shrink**2, 1)
         self.decoder_linear_style = nn.Conv2d(style_channels, style_channels, 1)
         self.style_in = nn.Sequential(nn.Conv2d(style_channels, d0, 1), nn.SiLU(), nn.Conv2d(d0, d0, 1), nn.SiLU())
         self.head_in = nn.Conv2d(d0, head_channels, 1)
@@ -229,7 +242,12 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
     @property
     def latent_size(self) -> int:
         """Height and width of the latent grid."""
-        return self.config.sample_size // (2 * self.config.patch_size)
+        return self.config.sample_size // self.shrink_factor
+
+    @property
+    def shrink_factor(self) -> int:
+        """How many pixels, in each direction, a place of the latents stands for."""
+        return self.config.patch_size * 2 ** (len(self.config.encoder_channels) - 1)
 
     @apply_forward_hook
     def encode(
@@ -270,14 +288,15 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         # The module is called, and not its weight read: that is what the hooks of offloading wait for.
         condition = self.modality_embedding(torch.arange(n, device=images.device)).repeat(batch, 1)[:, :, None, None]
         h = F.pixel_unshuffle(images.reshape(batch * n, 1, size, size), self.config.patch_size)
-        h = self._run(self.encoder_fine, self.encoder_in(h), condition)
-        h = self._run(self.encoder_coarse, self.encoder_down(F.pixel_unshuffle(h, 2)), condition)
+        h = self._run(self.encoder_grids[0], self.encoder_in(h), condition)
+        for down, blocks in zip(self.encoder_down, self.encoder_grids[1:], strict=True):
+            h = self._run(blocks, down(F.pixel_unshuffle(h, 2)), condition)
 
         style = self.style_out(h if self.config.style_type == "map" else h.mean(dim=(2, 3), keepdim=True))
         style_dist = StyleDistribution(style, n, self.config.style_type)
         features = h.unflatten(0, (batch, n))
         # Brought to about zero mean and unit deviation.
-        blocks = F.pixel_unshuffle(4 * images - 1, 2 * self.config.patch_size).unflatten(1, (n, -1))
+        blocks = F.pixel_unshuffle(4 * images - 1, self.shrink_factor).unflatten(1, (n, -1))
         weight = self.fusion_weight(h).unflatten(0, (batch, n))
         outputs = []
         for present in presents:
@@ -346,8 +365,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
                 f"`z_style` must be ({z_struct.shape[0]} subjects, k styles, *{style_shape}), got {tuple(z_style.shape)}."
             )
         batch, k = z_style.shape[:2]
-        h = self._run(self.decoder_coarse, self.decoder_in(z_struct))
-        h = self._run(self.decoder_fine, F.pixel_shuffle(self.decoder_up(h), 2))
+        h = self._run(self.decoder_grids[0], self.decoder_in(z_struct))
+        for up, blocks in zip(self.decoder_up, self.decoder_grids[1:], strict=True):
+            h = self._run(blocks, F.pixel_shuffle(up(h), 2))
         mask = F.pixel_shuffle(self.mask_out(h), self.config.patch_size)[:, 0]
         foreground = F.pixel_shuffle(self.foreground_out(h), self.config.patch_size)
 
@@ -359,10 +379,10 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         linear = torch.einsum("bkcyx,bcpyx->bkpyx", weights.expand(-1, -1, -1, grid, grid), blocks)
         style = self.style_in(style)
         if self.config.style_type == "map":
-            style = F.interpolate(style, scale_factor=2.0, mode="nearest")
+            style = F.interpolate(style, size=h.shape[2:], mode="nearest")
         h = self._run(self.head, self.head_in(h).repeat_interleave(k, dim=0), style)
         sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size)
-        sample = sample + F.pixel_shuffle(linear.flatten(0, 1), 2 * self.config.patch_size)
+        sample = sample + F.pixel_shuffle(linear.flatten(0, 1), self.shrink_factor)
         sample = sample.reshape(batch, k, *mask.shape[1:]) * foreground.sigmoid()
         if not return_dict:
             return sample, mask, foreground[:, 0]

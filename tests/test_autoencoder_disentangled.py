@@ -9,10 +9,10 @@ MODALITIES = ["T1", "T1CE", "FLAIR"]
 def build(style_type: str = "vector", **kwargs) -> DisentangledAutoencoder:
     """A tiny autoencoder whose residual branches are not zero, so that every input can matter."""
     torch.manual_seed(0)
+    sizes = {"structure_channels": 4, "style_channels": 3, "encoder_channels": (8, 16), "decoder_channels": (16, 8)}
     model = DisentangledAutoencoder(
-        modalities=MODALITIES, sample_size=32, structure_channels=4, style_channels=3, style_type=style_type,
-        encoder_channels=(8, 16), decoder_channels=(16, 8), head_channels=8, **kwargs,
-    )  # fmt: skip
+        modalities=MODALITIES, sample_size=32, style_type=style_type, head_channels=8, **(sizes | kwargs)
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -33,6 +33,24 @@ def test_shapes(style_type):
     sample, mask, foreground = model(images, return_dict=False)
     assert sample.shape == (2, 3, 32, 32) and mask.shape == foreground.shape == (2, 32, 32)
     assert all(torch.isfinite(tensor).all() for tensor in (sample, mask, foreground))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style_type", ["vector", "map"])
+@pytest.mark.parametrize(
+    ("patch_size", "widths", "grid"), [(4, (8,), 8), (2, (8, 16), 8), (2, (8, 16, 24), 4), (1, (8, 8, 16, 24), 4)]
+)
+def test_grids_are_as_many_as_widths(style_type, patch_size, widths, grid):
+    """Each has half the size of the one before, and everything in an image can reach the rebuilt one."""
+    model = build(style_type, patch_size=patch_size, encoder_channels=widths, decoder_channels=widths[::-1])
+    images = torch.rand(1, 3, 32, 32)
+    structure = model.encode(images).structure_dist.mode()
+    assert structure.shape == (1, 4, grid, grid) and model.latent_size == grid
+    sample, changed = model(images).sample, images.clone()
+    assert sample.shape == images.shape
+    changed[:, :, 5, 9] += 0.5
+    difference = (model(changed).sample - sample)[0].abs().amax(dim=0)
+    assert difference[5, 9] > 0
 
 
 @torch.no_grad()
@@ -103,6 +121,9 @@ def test_normalisation_is_inverted_and_saved(tmp_path):
     ("arguments", "message"),
     [
         ({"sample_size": 100}, "does not divide"),
+        ({"sample_size": 72, "patch_size": 2, "encoder_channels": (8, 16, 8, 8), "decoder_channels": (8, 8, 8, 8)}, "take 64"),
+        ({"encoder_channels": (8, 16, 8)}, "as many in both"),
+        ({"encoder_channels": (), "decoder_channels": ()}, "as many in both"),
         ({"modalities": []}, "non-empty"),
         ({"modalities": ["T1", ""]}, "non-empty"),
         ({"modalities": "T12"}, "non-empty"),

@@ -65,9 +65,14 @@ def build_parser() -> TrainingParser:
     model.add_argument("--structure_channels", type=int, default=16, help="channels of z_struct")
     model.add_argument("--style_channels", type=int, default=8, help="channels of each z_style")
     model.add_argument("--style_type", choices=["vector", "map"], default="vector", help="a style vector, or a map")
-    model.add_argument("--encoder_channels", type=int, nargs=2, default=[32, 96], help="widths at 1/4 and 1/8 size")
+    model.add_argument("--patch_size", type=int, default=4, help="pixels of a patch's side, made channels first of all")
+    model.add_argument(
+        "--encoder_channels", type=int, nargs="+", default=[32, 96], help="widths of the encoder's grids, each half the last"
+    )
     model.add_argument("--encoder_blocks", type=int, default=1, help="residual blocks on each grid of the encoder")
-    model.add_argument("--decoder_channels", type=int, nargs=2, default=[128, 64], help="widths at 1/8 and 1/4 size")
+    model.add_argument(
+        "--decoder_channels", type=int, nargs="+", default=[128, 64], help="widths of the decoder's grids, as many"
+    )
     model.add_argument("--decoder_blocks", type=int, default=2, help="residual blocks on each grid of the decoder")
     model.add_argument("--head_channels", type=int, default=64, help="width of the part that runs once an image")
     model.add_argument(
@@ -491,6 +496,7 @@ def main(argv: list[str] | None = None) -> None:
         else DisentangledAutoencoder(
             modalities=list(train_set.modalities),
             sample_size=args.resolution,
+            patch_size=args.patch_size,
             structure_channels=args.structure_channels,
             style_channels=args.style_channels,
             style_type=args.style_type,

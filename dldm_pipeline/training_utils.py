@@ -511,12 +511,13 @@ def averaged_weights(model: torch.nn.Module, ema: EMAModel | None) -> Iterator[N
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def radial_power(images: torch.Tensor) -> torch.Tensor:
-    """Power of images (..., H, W) in rings of one cycle a picture, (..., H / 4): up to half the Nyquist frequency.
+def radial_power(images: torch.Tensor, rings: int) -> torch.Tensor:
+    """Power of images (..., H, W) in the first rings of one cycle a picture, (..., rings). The mean is left out.
 
-    Beyond lies mostly noise. The mean is left out.
+    Args:
+        rings: H / 4 are up to half the Nyquist frequency; beyond lies mostly noise. H / sqrt(2) are all.
     """
-    size, rings = images.shape[-1], images.shape[-1] // 4
+    size = images.shape[-1]
     y, x = torch.fft.fftfreq(size, 1 / size), torch.fft.rfftfreq(size, 1 / size)
     ring = torch.hypot(y[:, None], x).round().long().clamp(max=rings + 1).to(images.device).flatten()
     power = torch.fft.rfft2(images.float(), norm="ortho").abs().square().flatten(-2)

@@ -331,10 +331,12 @@ def test_what_is_known_of_a_modality_goes_over_by_its_name(data, tmp_path):
 
 def test_radial_power_knows_a_wave_and_a_blur():
     image = torch.rand(2, 32, 32)
-    power = train_autoencoder.radial_power(image)
+    power = train_autoencoder.radial_power(image, 8)
     assert power.shape == (2, 8)  # up to half the Nyquist frequency
-    assert torch.allclose(power, train_autoencoder.radial_power(image + 1), rtol=1e-3)
+    assert torch.allclose(power, train_autoencoder.radial_power(image + 1, 8), rtol=1e-3)
     wave = torch.cos(torch.arange(32) * 2 * torch.pi * 5 / 32).expand(1, 32, 32)
-    assert train_autoencoder.radial_power(wave)[0].argmax() == 4  # five cycles a picture
+    assert train_autoencoder.radial_power(wave, 8)[0].argmax() == 4  # five cycles a picture
     blurred = torch.nn.functional.avg_pool2d(image[None], 3, stride=1, padding=1)[0]
-    assert (train_autoencoder.radial_power(blurred)[:, 4:].sum() < power[:, 4:].sum()).all()
+    assert (train_autoencoder.radial_power(blurred, 8)[:, 4:].sum() < power[:, 4:].sum()).all()
+    grid = (-1.0) ** (torch.arange(32)[:, None] + torch.arange(32))
+    assert train_autoencoder.radial_power(grid[None], 23)[0].argmax() == 22  # its only wave lies in the corner

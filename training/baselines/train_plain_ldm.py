@@ -146,7 +146,8 @@ class AutoencoderLoss(torch.nn.Module):
             (a - b).abs().mean() for a, b in zip(edges(rebuilt), edges(images), strict=True)
         )
         if args.spectrum_weight:
-            ratio = (radial_power(rebuilt) + 1e-4).log() - (radial_power(images) + 1e-4).log()
+            ours, theirs = (radial_power(x, rings=x.shape[-1] // 4) for x in (rebuilt, images))
+            ratio = (ours + 1e-4).log() - (theirs + 1e-4).log()
             loss = loss + args.spectrum_weight * ratio.abs().mean()
         return loss + args.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
 

@@ -134,7 +134,8 @@ def build_parser() -> TrainingParser:
         type=float,
         default=0.0,
         help="with --denoiser: weight of the distance between features of new or rebuilt subjects and of real ones, in a "
-        'network trained on photographs (needs the "eval" extra); 1 is a good start, 0 leaves it out',
+        'network trained on photographs (needs the "eval" extra); the comparison has 1, and docs/evaluation.md what it gains '
+        "and costs",
     )
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser

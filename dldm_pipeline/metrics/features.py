@@ -309,6 +309,9 @@ def load_efficientnet_lite(version: int, weights: str | os.PathLike | None = Non
         version: 0 or 1.
         weights: local weight file; None takes the package's.
 
+    Returns:
+        The network in evaluation mode, its weights frozen; gradients still pass through to the images.
+
     Raises:
         ValueError: if the weight file is not the published one.
         FileNotFoundError: if `weights` does not exist.

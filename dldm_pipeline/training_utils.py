@@ -524,6 +524,23 @@ def radial_power(images: torch.Tensor, rings: int) -> torch.Tensor:
     return torch.zeros(*power.shape[:-1], rings + 2, device=power.device).index_add(-1, ring, power)[..., 1:-1]
 
 
+def patch_grid(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """How far some places of a decoder's patches have more fine detail than others, a scalar; without a grid it is near zero.
+
+    Detail is what differs from the mean of its neighbourhood. Its power at each of the places, over all images of a modality,
+    is compared by its logarithm. No spectrum shows such a grid, for a sum over places has forgotten it; a small network
+    that is to tell decoded from real images finds it first.
+
+    Args:
+        images: (B, n, H, W), compared modality by modality.
+        patch_size: side of the patches in pixels; H and W are multiples of it.
+    """
+    around = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    power = F.pixel_unshuffle((images - around).square().mean(dim=0)[:, None], patch_size).mean(dim=(2, 3))
+    log_power = (power + 1e-8).log()
+    return (log_power - log_power.mean(dim=1, keepdim=True)).square().mean()
+
+
 def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Differences between neighbours of images (..., H, W): down (..., H - 1, W) and across (..., H, W - 1)."""
     return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]

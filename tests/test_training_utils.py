@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from dldm_pipeline.training_utils import (
     noise_deviation,
     parse_args,
     patch_distance,
+    patch_grid,
     phantom_dataset,
     push_folder,
     save_checkpoint,
@@ -319,6 +321,22 @@ def test_noise_is_told_from_edges_and_shading(deviation):
     assert abs(noise_deviation(noisy, disc).mean() / deviation - 1) < 0.15
     assert noise_deviation(clean, disc) < 1e-3
     assert noise_deviation(noisy, torch.zeros_like(disc)).isnan().all()
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_detail_at_some_places_of_every_patch_is_a_grid(patch_size):
+    torch.manual_seed(0)
+    images = F.avg_pool2d(torch.rand(8, 3, 66, 66), 3, 1)
+    detail = 0.05 * torch.randn(8, 3, 64, 64)
+    on_grid = (torch.arange(64) % patch_size == 0) & (torch.arange(64)[:, None] % patch_size == 0)
+    # As much power in both, evenly spread in one.
+    without, with_grid = (patch_grid(images + x, patch_size) for x in (detail, patch_size * detail * on_grid))
+    assert without < 0.01 and with_grid > 0.2
+    # One modality's grid is seen among others without, and its gradient takes it away.
+    only = (patch_size * detail * on_grid)[:, :1].requires_grad_()
+    one = patch_grid(torch.cat([images[:, :1] + only, images[:, 1:]], dim=1), patch_size)
+    one.backward()
+    assert one > with_grid / 5 and (only.grad * only).sum() > 0
 
 
 def test_a_subject_becomes_channels_of_one_image():

@@ -42,6 +42,7 @@ from dldm_pipeline.training_utils import (
     noise_deviation,
     parse_args,
     patch_distance,
+    patch_grid,
     push_folder,
     radial_power,
     save_checkpoint,
@@ -309,10 +310,11 @@ class DisentangledLoss(torch.nn.Module):
         output = self.autoencoder.decode(structure, styles[:, chosen])
         # What a decoder cannot foresee is no business of its: what is compared has as much noise as the target.
         noise = noise_deviation(targets, foreground[:, None]).nan_to_num()[..., None, None]
-        patch = perceptual = torch.zeros((), device=device)
+        patch = perceptual = grid = torch.zeros((), device=device)
         if self.generated is not None:
             noisy = output.sample + noise * output.foreground.sigmoid()[:, None] * torch.randn_like(output.sample)
             noisy = noisy.clamp(0, 1)
+            grid = patch_grid(noisy, self.autoencoder.config.patch_size)
             if args.patch_weight:
                 patch = self.compare_patches(batch, output, noisy, paired)
             if self.perceptual is not None:
@@ -344,6 +346,7 @@ class DisentangledLoss(torch.nn.Module):
             "spectrum": spectrum,
             "patch": patch,
             "perceptual": perceptual,
+            "grid": grid,
             "mask": 10 * cross_entropy + (1 - dice).mean(),
             "foreground": F.binary_cross_entropy_with_logits(output.foreground[:paired], foreground.float()),
             "agreement": ((subset_mode - mode) ** 2 / variance).mean(),
@@ -404,14 +407,22 @@ def validate(model: DisentangledAutoencoder, loader: DataLoader, path: Path) -> 
 
 @torch.no_grad()
 def measure_noise(model: DisentangledAutoencoder, loader: DataLoader) -> None:
-    """Measure the mean deviation of each modality's noise over the training set and keep it in the model's config."""
+    """Measure the deviation of each modality's noise over the training set and keep it in the model's config.
+
+    It is what rebuilt images lack: what is read too much, for fine anatomy looks like noise, is read in them as well.
+    """
     total, counts = torch.zeros(model.num_modalities), torch.zeros(model.num_modalities)
     for batch in tqdm(loader, desc="measuring noise", unit="batch"):
         images, present = batch["images"].to(model.device), batch["present"].to(model.device)
-        deviation = noise_deviation(images, foreground_of(images, present)[:, None])
-        total += torch.where(present, deviation.nan_to_num(), 0).sum(dim=0).cpu()
+        foreground = foreground_of(images, present)[:, None]
+        read = noise_deviation(images, foreground).nan_to_num()
+        rebuilt = model(images, present).sample
+        rebuilt = rebuilt + read[..., None, None] * foreground * torch.randn_like(rebuilt)
+        again = noise_deviation(rebuilt.clamp(0, 1), foreground).nan_to_num()
+        # Variances add up: by so much as is read too much now, too much was read before.
+        total += torch.where(present, 2 * read**2 - again**2, 0).sum(dim=0).cpu()
         counts += present.sum(dim=0).cpu()
-    model.register_to_config(noise_level=(total / counts.clamp(min=1)).tolist())
+    model.register_to_config(noise_level=(total / counts.clamp(min=1)).clamp(min=0).sqrt().tolist())
 
 
 @torch.no_grad()
@@ -582,6 +593,7 @@ def main(argv: list[str] | None = None) -> None:
         "spectrum": args.spectrum_weight,
         "patch": args.patch_weight,
         "perceptual": args.perceptual_weight,
+        "grid": 3.0,
         "mask": args.mask_weight,
         "foreground": 0.1,
         "agreement": args.agreement_weight,

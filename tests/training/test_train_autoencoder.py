@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
+from dldm_pipeline import BUNDLED_CHECKPOINT, DisentangledAutoencoder, DLDMPipeline
+from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.data.slices import write_slices
 from dldm_pipeline.perceptual import PerceptualDistance
 
@@ -93,6 +94,18 @@ def test_offsets_make_the_mean_structure_of_one_modality_that_of_all(tiny_autoen
         if m == 0:  # only complete slices have T1, so here the mean is exactly that of all
             assert difference.abs().max() < 1e-3
     assert tiny_autoencoder.structure_offset.abs().max() > 1e-3
+
+
+def test_measured_noise_is_that_of_the_images():
+    model = DLDMPipeline.from_pretrained(BUNDLED_CHECKPOINT).autoencoder
+    subjects = [simulate_subject((3, i), 128, model.config.modalities) for i in range(8)]
+    images, present = torch.from_numpy(np.stack([s.images for s in subjects])), torch.ones(8, 5, dtype=torch.bool)
+    present[:4, 1] = False
+    images[:4, 1] = torch.rand(4, 128, 128)  # what stands in place of a missing modality does not matter
+    train_autoencoder.measure_noise(model, [{"images": images, "present": present}])
+    true = np.array([s.factors["noise"] for s in subjects])
+    expected = [true.mean(), true[4:].mean(), true.mean(), true.mean(), true.mean()]
+    np.testing.assert_allclose(model.config.noise_level, expected, rtol=0.07)
 
 
 def test_subsets_are_non_empty_and_of_what_is_present():

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from dldm_pipeline.metrics.features import load_efficientnet_lite
 
 SMALLEST = 128  # pixels: smaller images are enlarged to it, for the network was trained on 240
+LARGEST_SHIFT = 8  # pixels of the enlarged images
 FINEST_STRIDE = 8  # of the feature maps compared: those of finer strides brought little in a short trial
 RATE = 0.06  # of a batch, in the running means: a few subjects alone have no mean
 PAIR_WEIGHT = 0.3  # of the distance between rebuilt and real images, against that of the means
@@ -46,7 +47,8 @@ class PerceptualDistance:
         total = squares = count = 0.0
         with torch.no_grad():
             for batch in tqdm(batches, desc="features of real images", unit="batch", disable=not show_progress):
-                features, there = _pool(self._maps(batch["images"].to(device))).double(), batch["present"].to(device)
+                features = _pool(self._maps(batch["images"].to(device), _draw_shift())).double()
+                there = batch["present"].to(device)
                 features = torch.where(there[..., None], features, 0)
                 total, squares = total + features.sum(dim=0), squares + features.square().sum(dim=0)
                 count = count + there.sum(dim=0)[:, None]
@@ -65,7 +67,8 @@ class PerceptualDistance:
             real: (P, n, H, W), what the rebuilt ones should be.
         """
         paired, there = len(real), present[..., None].float()
-        maps = self._maps(images)
+        shift = _draw_shift()
+        maps = self._maps(images, shift)
         features = _pool(maps) * there
         rate = 1.0 if self._running is None else RATE
         self._running = self._running or [self._mean, self._mean]
@@ -78,7 +81,7 @@ class PerceptualDistance:
             compared = self._running[i] + mean - mean.detach()
             distance = distance + ((compared - self._mean) / self._deviation).square().mean()
         with torch.no_grad():
-            real_maps = self._maps(real)
+            real_maps = self._maps(real, shift)
         for ours, theirs in zip(maps, real_maps, strict=True):
             error = (
                 (F.normalize(ours[:paired], dim=2) - F.normalize(theirs, dim=2)).square().sum(dim=2).mean(dim=(2, 3))
@@ -86,12 +89,13 @@ class PerceptualDistance:
             distance = distance + PAIR_WEIGHT * (error * there[:paired, :, 0]).sum() / there[:paired].sum().clamp(min=1)
         return distance
 
-    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Images (B, n, H, W) to feature maps (B, n, C, h, w), the last of each stride."""
+    def _maps(self, images: torch.Tensor, shift: tuple[int, int]) -> list[torch.Tensor]:
+        """Images (B, n, H, W), shifted down and to the right, to feature maps (B, n, C, h, w), the last of each stride."""
         pixels = images.flatten(0, 1)[:, None]
         size = max(SMALLEST, pixels.shape[-1])
         if pixels.shape[-1] < size:
             pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
+        pixels = F.pad(pixels, (shift[1], -shift[1], shift[0], -shift[0]))
         pixels = ((255 * pixels - 127) / 128).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         network, maps = self._network, []
         h = network._swish(network._bn0(network._conv_stem(pixels)))
@@ -101,6 +105,12 @@ class PerceptualDistance:
             if is_last and size // h.shape[-1] >= FINEST_STRIDE:
                 maps.append(h.unflatten(0, images.shape[:2]))
         return maps
+
+
+def _draw_shift() -> tuple[int, int]:
+    """Another one each time, or the decoder would draw texture that pleases the network's strides where they now lie."""
+    down, right = torch.randint(-LARGEST_SHIFT, LARGEST_SHIFT + 1, (2,)).tolist()
+    return down, right
 
 
 def _pool(maps: list[torch.Tensor]) -> torch.Tensor:

@@ -525,20 +525,27 @@ def radial_power(images: torch.Tensor, rings: int) -> torch.Tensor:
 
 
 def patch_grid(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """How far some places of a decoder's patches have more fine detail than others, a scalar; without a grid it is near zero.
+    """How unlike the places of a decoder's patches are in fine detail, a scalar; without a grid it is near zero.
 
-    Detail is what differs from the mean of its neighbourhood. Its power at each of the places, over all images of a modality,
-    is compared by its logarithm. No spectrum shows such a grid, for a sum over places has forgotten it; a small network
-    that is to tell decoded from real images finds it first.
+    Detail is what differs from the mean of its neighbourhood. Its power (by the logarithm) and its mean (in units of its
+    deviation) at each of the places, over all images of a modality, are compared with those of the others. No spectrum shows
+    such a grid, for a sum over places has forgotten it.
 
     Args:
         images: (B, n, H, W), compared modality by modality.
         patch_size: side of the patches in pixels; H and W are multiples of it.
     """
     around = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    power = F.pixel_unshuffle((images - around).square().mean(dim=0)[:, None], patch_size).mean(dim=(2, 3))
-    log_power = (power + 1e-8).log()
-    return (log_power - log_power.mean(dim=1, keepdim=True)).square().mean()
+    detail = images - around
+    power, mean = (
+        F.pixel_unshuffle(x.mean(dim=0)[:, None], patch_size).mean(dim=(2, 3)) for x in (detail.square(), detail)
+    )
+    mean = mean / (power.detach().mean(dim=1, keepdim=True) + 1e-8).sqrt()
+    # The weight is that of a short trial: a mean of 2 % of the deviation gives every image away.
+    return sum(
+        weight * (x - x.mean(dim=1, keepdim=True)).square().mean()
+        for weight, x in ((1, (power + 1e-8).log()), (10, mean))
+    )
 
 
 def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dldm_pipeline import perceptual
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.perceptual import PerceptualDistance
 
@@ -14,6 +15,12 @@ def images() -> torch.Tensor:
 def batches(images, present=None):
     present = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
     return [{"images": x, "present": there} for x, there in zip(images.split(4), present.split(4), strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def no_shift(request, monkeypatch):
+    if "shift" not in request.node.name:
+        monkeypatch.setattr(perceptual, "LARGEST_SHIFT", 0)
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +83,11 @@ def test_an_image_of_more_pixels_is_not_made_smaller(images, everyone):
     detail = (large + 0.1 * (-1.0) ** torch.arange(256)).clamp(0, 1)
     distance = PerceptualDistance(batches(large), show_progress=False)
     assert distance(detail, everyone, large) > 0.05
+
+
+def test_shifts_move_every_value_and_not_the_mean(images, everyone):
+    torch.manual_seed(0)
+    distance = PerceptualDistance([b for b in batches(images) for _ in range(8)], show_progress=False)
+    values = [distance(images, everyone, images).item() for _ in range(24)]
+    assert len(set(values)) > 20
+    assert sum(values[-4:]) / 4 < 0.08 < distance(F.avg_pool2d(images, 3, 1, 1), everyone, images)

@@ -332,6 +332,8 @@ def test_detail_at_some_places_of_every_patch_is_a_grid(patch_size):
     # As much power in both, evenly spread in one.
     without, with_grid = (patch_grid(images + x, patch_size) for x in (detail, patch_size * detail * on_grid))
     assert without < 0.01 and with_grid > 0.2
+    ripple = images + 0.01 * (-1.0) ** torch.arange(64)
+    assert patch_grid(ripple, patch_size) > 0.05  # as much power at every place, and not the same mean
     # One modality's grid is seen among others without, and its gradient takes it away.
     only = (patch_size * detail * on_grid)[:, :1].requires_grad_()
     one = patch_grid(torch.cat([images[:, :1] + only, images[:, 1:]], dim=1), patch_size)

@@ -6,8 +6,8 @@
 
 The loss is that of Na et al. (MIDL 2023), with its four strategies, and what this package adds: structure from any subset of
 modalities, appearance curves exchanged with the styles, and the tumour mask decoded from the structure. With `--denoiser`,
-`--patch_weight` also compares patches of new subjects with those of real ones, and `--perceptual_weight` what a network that
-knows photographs sees in them.
+`--patch_weight` also compares patches of new subjects with those of real ones, `--perceptual_weight` what a network that
+knows photographs sees in them, and with `--adversarial_weight` a discriminator learns to tell their detail apart.
 """
 
 import argparse
@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.autoencoder_disentangled import DisentangledDecoderOutput
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.discriminator import DetailDiscriminator
 from dldm_pipeline.hub import write_model_card
 from dldm_pipeline.muon import make_optimizers
 from dldm_pipeline.perceptual import PerceptualDistance
@@ -57,6 +58,7 @@ DENOISED_FROM = 0.5  # latest time a structure is denoised from, of the schedule
 DENOISING_STEPS = 4
 GENERATING_STEPS = 25
 PATCH_POOL = 24  # subjects, of this step and those before, whose patches are compared
+NOISE_SUBJECTS = 1024  # real ones whose noise is measured
 PERCEPTUAL_SUBJECTS = 512  # real ones whose mean features those of new ones are to have
 
 
@@ -138,8 +140,19 @@ def build_parser() -> TrainingParser:
         'network trained on photographs (needs the "eval" extra); the comparison has 1, and docs/evaluation.md what it gains '
         "and costs",
     )
+    loss.add_argument(
+        "--adversarial_weight",
+        type=float,
+        default=0.0,
+        help="with --denoiser: weight of a discriminator of the images' fine detail",
+    )
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser
+
+
+def spread(data: SliceDataset, count: int) -> Subset:
+    """`count` slices, or all if there are no more, evenly spread over a data set."""
+    return Subset(data, torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist())
 
 
 def draw_subset(present: torch.Tensor) -> torch.Tensor:
@@ -269,6 +282,7 @@ class DisentangledLoss(torch.nn.Module):
         self.generated = None  # (N, c_s, h, w), structures that the denoiser drew
         self.pools = None  # the last subjects, new and real ones, whose patches are compared
         self.perceptual: PerceptualDistance | None = None
+        self.discriminator: DetailDiscriminator | None = None
         self.errors = None  # running squared error of each modality
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -310,15 +324,19 @@ class DisentangledLoss(torch.nn.Module):
         output = self.autoencoder.decode(structure, styles[:, chosen])
         # What a decoder cannot foresee is no business of its: what is compared has as much noise as the target.
         noise = noise_deviation(targets, foreground[:, None]).nan_to_num()[..., None, None]
-        patch = perceptual = grid = torch.zeros((), device=device)
+        patch = perceptual = adversarial = grid = torch.zeros((), device=device)
         if self.generated is not None:
             noisy = output.sample + noise * output.foreground.sigmoid()[:, None] * torch.randn_like(output.sample)
-            noisy = noisy.clamp(0, 1)
-            grid = patch_grid(noisy, self.autoencoder.config.patch_size)
+            noisy, has_mask = noisy.clamp(0, 1), batch["has_mask"][:, None, None]
+            decoded = to_channels(noisy, present, output.mask.masked_fill(~has_mask, -100).sigmoid())
+            real = to_channels(images, present, batch["mask"] * has_mask)
             if args.patch_weight:
-                patch = self.compare_patches(batch, output, noisy, paired)
+                patch = self.compare_patches(batch, output, decoded[paired:], real)
+            grid = patch_grid(decoded[:, :n], self.autoencoder.config.patch_size)
             if self.perceptual is not None:
                 perceptual = self.perceptual(noisy, present, images[:paired])
+            if self.discriminator is not None:
+                adversarial = self.discriminator(decoded, real)
 
         sample, logits, targets = output.sample[:paired], output.mask[:paired], targets[:paired, chosen]
         foreground, weight = foreground[:paired], present[:paired, chosen, None, None].float()
@@ -346,6 +364,7 @@ class DisentangledLoss(torch.nn.Module):
             "spectrum": spectrum,
             "patch": patch,
             "perceptual": perceptual,
+            "adversarial": adversarial,
             "grid": grid,
             "mask": 10 * cross_entropy + (1 - dice).mean(),
             "foreground": F.binary_cross_entropy_with_logits(output.foreground[:paired], foreground.float()),
@@ -355,20 +374,23 @@ class DisentangledLoss(torch.nn.Module):
         }
 
     def compare_patches(
-        self, batch: dict[str, torch.Tensor], output: DisentangledDecoderOutput, noisy: torch.Tensor, first: int
+        self,
+        batch: dict[str, torch.Tensor],
+        output: DisentangledDecoderOutput,
+        new: torch.Tensor,
+        real: torch.Tensor,
     ) -> torch.Tensor:
-        """Distance between patches of the new subjects, those of the batch from row `first` on, and of the real ones.
+        """Distance between patches of the new subjects, the last rows of the batch, and of the real ones, both as channels.
 
         All of the brain counts one half, what is near a tumour the other. Subjects of some steps before are compared along,
-        for a few alone are no distribution. `noisy` are the decoded images (B, n, H, W) in [0, 1], with the scanner's noise.
+        for a few alone are no distribution.
         """
-        images, present, mask = batch["images"], batch["present"], batch["mask"] * batch["has_mask"][:, None, None]
-        foreground = output.foreground[first:]
-        logits = output.mask[first:].masked_fill(~batch["has_mask"][first:, None, None], -100)
-        new = to_channels(noisy[first:], present[first:], logits.sigmoid())
+        first = len(real) - len(new)
+        images, present, has_mask = batch["images"], batch["present"], batch["has_mask"][:, None, None]
+        near = near_tumour((output.mask > 0) & has_mask), near_tumour((batch["mask"] > 0) & has_mask)
         sets = [
-            (new, foreground > 0, near_tumour(logits > 0)),
-            (to_channels(images, present, mask), foreground_of(images, present), near_tumour(mask > 0)),
+            (new, output.foreground[first:] > 0, near[0][first:]),
+            (real, foreground_of(images, present), near[1]),
         ]
         if self.pools is not None:
             sets = [
@@ -407,7 +429,7 @@ def validate(model: DisentangledAutoencoder, loader: DataLoader, path: Path) -> 
 
 @torch.no_grad()
 def measure_noise(model: DisentangledAutoencoder, loader: DataLoader) -> None:
-    """Measure the deviation of each modality's noise over the training set and keep it in the model's config.
+    """Measure the deviation of each modality's noise over training slices and keep it in the model's config.
 
     It is what rebuilt images lack: what is read too much, for fine anatomy looks like noise, is read in them as well.
     """
@@ -512,10 +534,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.denoiser is not None:
         # Latents that moved would leave the denoiser behind.
         args.init_from, args.freeze_encoder = args.init_from or args.denoiser, True
-    sees_new = args.denoiser is not None and bool(args.patch_weight or args.perceptual_weight)
+    sees_new = args.denoiser is not None and bool(
+        args.patch_weight or args.perceptual_weight or args.adversarial_weight
+    )
     if sees_new and args.train_batch_size < 2:
         raise ValueError(
-            f"--train_batch_size {args.train_batch_size}: give 2 or more, or --patch_weight 0 --perceptual_weight 0"
+            f"--train_batch_size {args.train_batch_size}: give 2 or more, or --patch_weight 0 --perceptual_weight 0 "
+            "--adversarial_weight 0"
         )
     accelerator = make_accelerator(args)
     output_dir = Path(args.output_dir)
@@ -551,9 +576,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoader(
         train_set, args.train_batch_size, shuffle=True, drop_last=True, num_workers=args.dataloader_num_workers
     )
-    validation_subset = torch.utils.data.Subset(
-        validation_set, torch.linspace(0, len(validation_set) - 1, min(64, len(validation_set))).long().tolist()
-    )
+    validation_subset = spread(validation_set, 64)
     validation_loader = DataLoader(validation_subset, 16)
     if args.freeze_encoder:
         for name, parameter in model.named_parameters():
@@ -578,10 +601,13 @@ def main(argv: list[str] | None = None) -> None:
             denoiser, args.generated_subjects, show_progress=accelerator.is_main_process
         )
     if sees_new and args.perceptual_weight:
-        rows = torch.linspace(0, len(train_set) - 1, min(PERCEPTUAL_SUBJECTS, len(train_set))).long().tolist()
-        real = DataLoader(torch.utils.data.Subset(train_set, rows), 8)
+        real = DataLoader(spread(train_set, PERCEPTUAL_SUBJECTS), 8)
         accelerator.unwrap_model(objective).perceptual = PerceptualDistance(
             real, accelerator.device, show_progress=accelerator.is_main_process
+        )
+    if sees_new and args.adversarial_weight:
+        accelerator.unwrap_model(objective).discriminator = DetailDiscriminator(
+            model.num_modalities + 1, accelerator.device
         )
     if args.resume_from_checkpoint:
         load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, clock, ema)
@@ -593,7 +619,8 @@ def main(argv: list[str] | None = None) -> None:
         "spectrum": args.spectrum_weight,
         "patch": args.patch_weight,
         "perceptual": args.perceptual_weight,
-        "grid": 3.0,
+        "adversarial": args.adversarial_weight,
+        "grid": 20.0,
         "mask": args.mask_weight,
         "foreground": 0.1,
         "agreement": args.agreement_weight,
@@ -642,10 +669,9 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(model.parameters())
-        all_slices = DataLoader(train_set, 16, num_workers=args.dataloader_num_workers)
         if not args.freeze_encoder or model.config.structure_scale is None:
-            measure_latents(model, all_slices)
-        measure_noise(model, all_slices)
+            measure_latents(model, DataLoader(train_set, 16, num_workers=args.dataloader_num_workers))
+        measure_noise(model, DataLoader(spread(train_set, NOISE_SUBJECTS), 16))
         figures = validate(model, validation_loader, output_dir / "samples.png")
         trained = model if denoiser is None else DLDMPipeline(model, denoiser.unet, denoiser.scheduler)
         write_pretrained(trained.save_pretrained, output_dir)

@@ -120,8 +120,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
             over the whole training set at the end of training; None until then.
         style_shift, style_scale: c_t values, likewise.
-        noise_level: n values, the deviation of the scanner's noise in each modality's images, measured like the above.
-            A decoder can only return the mean of what it cannot foresee; `DLDMPipeline` adds the noise that was there.
+        noise_level: n values, the deviation of the scanner's noise in each modality's images, which rebuilt images
+            lack. A decoder can only return the mean of what it cannot foresee; `DLDMPipeline` adds the noise that was there.
 
     Raises:
         ValueError: on an unknown `style_type`, a size that does not divide, an encoder and a decoder of different depth, or

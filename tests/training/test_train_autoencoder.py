@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from dldm_pipeline import BUNDLED_CHECKPOINT, DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.data.slices import write_slices
+from dldm_pipeline.discriminator import DetailDiscriminator
 from dldm_pipeline.perceptual import PerceptualDistance
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_autoencoder.py"
@@ -220,9 +221,13 @@ def test_new_subjects_are_compared_with_real_ones_and_those_before_them(tiny_pip
     assert objective(batch)["perceptual"] == 0
     objective.perceptual = PerceptualDistance([batch], show_progress=False)
     assert objective(batch)["perceptual"] > 0
+    assert objective(batch)["adversarial"] == 0
+    objective.discriminator = DetailDiscriminator(n + 1)
+    terms = objective(batch)
+    assert 0.3 < terms["adversarial"] < 1.5 and terms["grid"] > 0
     objective.generated = None
     terms = objective(batch)
-    assert terms["patch"] == 0 and terms["perceptual"] == 0
+    assert all(terms[name] == 0 for name in ("patch", "perceptual", "adversarial", "grid"))
 
 
 def test_near_a_tumour_is_around_it_and_nowhere_else():
@@ -250,7 +255,7 @@ def test_a_decoder_with_more_blocks_learns_from_denoised_structures(data, tmp_pa
     train_autoencoder.main(words(data, tmp_path / "same", *start))
     more += [f"--denoiser={tmp_path / 'pipeline'}"]
     train_autoencoder.main(words(data, tmp_path / "plain", *more, "--patch_weight=0"))
-    train_autoencoder.main(words(data, tmp_path / "second", *more, "--perceptual_weight=1"))
+    train_autoencoder.main(words(data, tmp_path / "second", *more, "--perceptual_weight=1", "--adversarial_weight=0.3"))
     same = DisentangledAutoencoder.from_pretrained(tmp_path / "same")
     sharpened = DLDMPipeline.from_pretrained(tmp_path / "second")
     second = sharpened.autoencoder

@@ -144,7 +144,8 @@ def build_parser() -> TrainingParser:
         "--adversarial_weight",
         type=float,
         default=0.0,
-        help="with --denoiser: weight of a discriminator of the images' fine detail",
+        help="with --denoiser: weight of a discriminator of fine detail, against texture that comes with the term above; the "
+        "comparison has 0.3",
     )
     loss.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL term, mean over latent values")
     return parser

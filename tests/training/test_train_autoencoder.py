@@ -224,7 +224,7 @@ def test_new_subjects_are_compared_with_real_ones_and_those_before_them(tiny_pip
     assert objective(batch)["adversarial"] == 0
     objective.discriminator = DetailDiscriminator(n + 1)
     terms = objective(batch)
-    assert 0.3 < terms["adversarial"] < 1.5 and terms["grid"] > 0
+    assert terms["adversarial"] > 0 and terms["grid"] > 0
     objective.generated = None
     terms = objective(batch)
     assert all(terms[name] == 0 for name in ("patch", "perceptual", "adversarial", "grid"))

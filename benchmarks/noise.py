@@ -3,9 +3,10 @@
     python benchmarks/noise.py
     python benchmarks/noise.py --latents_only    # the first two tables, in seconds
 
-Printed as Markdown tables, for the bundled pipeline: the noise that `noise_deviation` reads in simulated images over the one
-that was put in; how well images are rebuilt from structures that are a little off, as a denoiser's are; and Fréchet distance
-(EfficientNet-Lite0) and precision of four sets of subjects, each against the same other simulated ones.
+Printed as Markdown tables, for the bundled pipeline: the noise that `noise_deviation` reads in simulated images, and the
+level that the pipeline adds, over the one that was put in; how well images are rebuilt from structures that are a little
+off, as a denoiser's are; and Fréchet distance (EfficientNet-Lite0) and precision of four sets of subjects, each against the
+same other simulated ones.
 """
 
 import argparse
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     read = noise_deviation(images, (images > 0).any(dim=1, keepdim=True)).mean(dim=0)
     true = np.mean([subject.factors["noise"] for subject in others])
     print(f"| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
-    print(f"| noise read / put in | {' | '.join(f'{value / true:.2f}' for value in read)} |\n", flush=True)
+    print(f"| noise read / put in | {' | '.join(f'{value / true:.2f}' for value in read)} |")
+    kept = autoencoder.config.noise_level
+    print(f"| the pipeline's / put in | {' | '.join(f'{value / true:.2f}' for value in kept)} |\n", flush=True)
 
     posterior = autoencoder.encode(images)
     latents = {"structure": posterior.structure_dist.mode(), "styles": posterior.style_dist.mode()}

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from dldm_pipeline.metrics.features import load_efficientnet_lite
 
 SMALLEST = 128  # pixels: smaller images are enlarged to it, for the network was trained on 240
-LARGEST_SHIFT = 8  # pixels of the enlarged images
+LARGEST_SHIFT = 8  # pixels of the images as the network sees them, down or up, right or left
 FINEST_STRIDE = 8  # of the feature maps compared: those of finer strides brought little in a short trial
 RATE = 0.06  # of a batch, in the running means: a few subjects alone have no mean
 PAIR_WEIGHT = 0.3  # of the distance between rebuilt and real images, against that of the means

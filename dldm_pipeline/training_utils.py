@@ -524,10 +524,15 @@ def radial_power(images: torch.Tensor, rings: int) -> torch.Tensor:
     return torch.zeros(*power.shape[:-1], rings + 2, device=power.device).index_add(-1, ring, power)[..., 1:-1]
 
 
+def fine_detail(images: torch.Tensor) -> torch.Tensor:
+    """What differs from the mean of the 3x3 pixels around: images (B, n, H, W) to the same shape."""
+    return images - F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+
+
 def patch_grid(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """How unlike the places of a decoder's patches are in fine detail, a scalar; without a grid it is near zero.
 
-    Detail is what differs from the mean of its neighbourhood. Its power (by the logarithm) and its mean (in units of its
+    The power of `fine_detail` (by the logarithm) and its mean (in units of its
     deviation) at each of the places, over all images of a modality, are compared with those of the others. No spectrum shows
     such a grid, for a sum over places has forgotten it.
 
@@ -535,8 +540,7 @@ def patch_grid(images: torch.Tensor, patch_size: int) -> torch.Tensor:
         images: (B, n, H, W), compared modality by modality.
         patch_size: side of the patches in pixels; H and W are multiples of it.
     """
-    around = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    detail = images - around
+    detail = fine_detail(images)
     power, mean = (
         F.pixel_unshuffle(x.mean(dim=0)[:, None], patch_size).mean(dim=(2, 3)) for x in (detail.square(), detail)
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dldm_pipeline.data.phantom import simulate_subject
-from dldm_pipeline.discriminator import DetailDiscriminator
+from dldm_pipeline.discriminator import DetailDiscriminator, discriminator_loss, generator_loss, r1_penalty
 from dldm_pipeline.training_utils import to_channels
 
 CHECKERS = (-1.0) ** (torch.arange(64) + torch.arange(64)[:, None])
@@ -16,6 +16,16 @@ def subjects() -> torch.Tensor:
     images = torch.stack([torch.from_numpy(subject.images) for subject in drawn])
     mask = torch.stack([torch.from_numpy(subject.mask) for subject in drawn]).float()
     return to_channels(images, torch.ones(images.shape[:2], dtype=torch.bool), mask)
+
+
+def test_the_losses():
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.0])
+    expected = -(real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean())
+    torch.testing.assert_close(discriminator_loss(real, fake), expected)
+    torch.testing.assert_close(generator_loss(fake), -fake.sigmoid().log().mean())
+    images, weight = torch.randn(4, 2, 8, 8, requires_grad=True), torch.randn(2, 8, 8)
+    penalty = r1_penalty((images * weight).sum(dim=(1, 2, 3)), images)
+    torch.testing.assert_close(penalty, weight.square().sum())
 
 
 def train(decoded: torch.Tensor, real: torch.Tensor, steps: int = 60) -> tuple[DetailDiscriminator, torch.Tensor]:

@@ -328,7 +328,8 @@ class DisentangledLoss(torch.nn.Module):
         patch = perceptual = adversarial = grid = torch.zeros((), device=device)
         if self.generated is not None:
             noisy = output.sample + noise * output.foreground.sigmoid()[:, None] * torch.randn_like(output.sample)
-            noisy, has_mask = noisy.clamp(0, 1), batch["has_mask"][:, None, None]
+            noisy = noisy.clamp(0, 1)
+            has_mask = batch["has_mask"][:, None, None]
             decoded = to_channels(noisy, present, output.mask.masked_fill(~has_mask, -100).sigmoid())
             real = to_channels(images, present, batch["mask"] * has_mask)
             if args.patch_weight:
@@ -387,11 +388,11 @@ class DisentangledLoss(torch.nn.Module):
         for a few alone are no distribution.
         """
         first = len(real) - len(new)
-        images, present, has_mask = batch["images"], batch["present"], batch["has_mask"][:, None, None]
-        near = near_tumour((output.mask > 0) & has_mask), near_tumour((batch["mask"] > 0) & has_mask)
+        has_mask = batch["has_mask"][:, None, None]
+        near_new, near_real = (near_tumour((mask > 0) & has_mask) for mask in (output.mask, batch["mask"]))
         sets = [
-            (new, output.foreground[first:] > 0, near[0][first:]),
-            (real, foreground_of(images, present), near[1]),
+            (new, output.foreground[first:] > 0, near_new[first:]),
+            (real, foreground_of(batch["images"], batch["present"]), near_real),
         ]
         if self.pools is not None:
             sets = [

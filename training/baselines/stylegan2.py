@@ -376,29 +376,3 @@ def translate(images: torch.Tensor, largest: float = 0.125) -> torch.Tensor:
     return torch.stack(
         [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(padded, corners, strict=True)]
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """The non-saturating loss of Goodfellow et al. (2014), a scalar, from logits of any shape."""
-    return F.softplus(-fake_logits).mean()
-
-
-def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """Logistic loss, a scalar, from logits of any shape."""
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
-
-
-def r1_penalty(real_logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Mean squared length of the logits' gradient by real images, a scalar (Mescheder et al. 2018).
-
-    Args:
-        real_logits: (B,), computed from `images`.
-        images: (B, C, H, W), with `requires_grad`.
-    """
-    (gradient,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
-    return gradient.square().sum(dim=(1, 2, 3)).mean()

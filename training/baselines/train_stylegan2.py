@@ -28,9 +28,10 @@ from baseline_utils import (
     read_slices,
 )
 from PIL import Image
-from stylegan2 import Discriminator, StyleGAN2, discriminator_loss, generator_loss, r1_penalty, translate
+from stylegan2 import Discriminator, StyleGAN2, translate
 from tqdm.auto import tqdm
 
+from dldm_pipeline.discriminator import discriminator_loss, generator_loss, r1_penalty
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,

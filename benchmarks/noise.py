@@ -1,12 +1,13 @@
-"""What the measured noise is worth, and what the denoiser costs: Fréchet distance of rebuilt and of generated subjects.
+"""What noise, fine detail and the denoiser cost: Fréchet distance of rebuilt, of spliced and of generated subjects.
 
     python benchmarks/noise.py
     python benchmarks/noise.py --latents_only    # the first two tables, in seconds
 
 Printed as Markdown tables, for the bundled pipeline: the noise that `noise_deviation` reads in simulated images, and the
 level that the pipeline adds, over the one that was put in; how well images are rebuilt from structures that are a little
-off, as a denoiser's are; and Fréchet distance (EfficientNet-Lite0) and precision of four sets of subjects, each against the
-same other simulated ones.
+off, as a denoiser's are; and Fréchet distance (EfficientNet-Lite0), precision and recall of sets of subjects, each against the
+same other simulated ones. Two sets are spliced: up to half the Nyquist frequency they are rebuilt and above it real, or the
+other way round.
 """
 
 import argparse
@@ -23,6 +24,15 @@ from dldm_pipeline.training_utils import clear_errors, noise_deviation
 
 STRUCTURE_NOISE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)  # deviation, of that of the structures themselves
 REAL_SEED, OTHER_SEED = 977_001, 977_003  # the subjects of examples/evaluate.py, and others
+
+
+def splice(coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
+    """Subjects (N, n, H, H) that are `coarse` up to half the Nyquist frequency and `fine` above it, in the brain of `fine`."""
+    size = fine.shape[-1]
+    radius = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+    spectrum = np.where(radius < 0.25, np.fft.rfft2(coarse), np.fft.rfft2(fine))
+    brain = (fine > 0).any(axis=1, keepdims=True)
+    return np.where(brain, np.fft.irfft2(spectrum, s=(size, size)), 0).clip(0, 1).astype(np.float32)
 
 
 @clear_errors()
@@ -61,27 +71,31 @@ def main(argv: list[str] | None = None) -> None:
 
     sets = {"other simulated subjects": images.numpy()}
     for title, given, noise_scale in (
-        ("the same, rebuilt, with noise", latents, 1.0),
+        ("the same, rebuilt", latents, 1.0),
         ("the same, rebuilt, without noise", latents, 0.0),
-        ("generated, with noise", {}, 1.0),
+        ("generated", {}, 1.0),
     ):
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
         options = {"noise_scale": noise_scale, "generator": generators, "output_type": "np"}
         sets[title] = pipeline(count, **given, **options).images
-    real = [simulate_subject((REAL_SEED, i), size, names) for i in range(count)]
+    real, rebuilt = sets["other simulated subjects"], sets["the same, rebuilt"]
+    sets["real above half the Nyquist frequency, rebuilt below"] = splice(rebuilt, real)
+    sets["rebuilt above half the Nyquist frequency, real below"] = splice(real, rebuilt)
+    known_subjects = [simulate_subject((REAL_SEED, i), size, names) for i in range(count)]
     extractor = load_extractor("efficientnet-lite0")
     known = [
-        extractor(to_uint8(np.stack([subject.images[m] for subject in real])), progress=False)
+        extractor(to_uint8(np.stack([subject.images[m] for subject in known_subjects])), progress=False)
         for m in range(len(names))
     ]
-    print(f"| distance (precision) | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
+    print(f"| distance (precision, recall) | {' | '.join(names)} | mean |\n|---{'|---' * (len(names) + 1)}|")
     for title, pictures in sets.items():
-        cells = []
+        rows = []
         for m in range(len(names)):
-            features = extractor(to_uint8(pictures[:, m]), progress=False)
-            precision = neighbour_scores(known[m], features)["precision"]
-            cells.append(f"{frechet_distance(known[m], features):.0f} ({precision:.2f})")
-        print(f"| {title} | {' | '.join(cells)} |", flush=True)
+            features = extractor(to_uint8(np.ascontiguousarray(pictures[:, m])), progress=False)
+            scores = neighbour_scores(known[m], features)
+            rows.append((frechet_distance(known[m], features), scores["precision"], scores["recall"]))
+        rows.append(np.mean(rows, axis=0))
+        print(f"| {title} | {' | '.join(f'{d:.0f} ({p:.2f}, {r:.2f})' for d, p, r in rows)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,8 @@ class DLDMPipeline(DiffusionPipeline):
             modalities (`str` or `list[str]`, *optional*):
                 The modalities wanted, in the order wanted; all of the autoencoder's by default.
             num_inference_steps (`int`, *optional*, defaults to 10):
-                Denoising steps of the structure. More are not better (measured; `examples/evaluate.py` prints the curve).
+                Denoising steps of the structure. Few draw subjects that look the most real and are more alike than real ones;
+                50 draw them as varied (`examples/evaluate.py` prints the curve, and MS-SSIM for any number).
             num_style_inference_steps (`int`, *optional*, defaults to 10):
                 Denoising steps of the styles.
             guidance_scale (`float`, *optional*, defaults to 1.0):

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     for title, pictures in sets.items():
         rows = []
         for m in range(len(names)):
-            features = extractor(to_uint8(np.ascontiguousarray(pictures[:, m])), progress=False)
+            features = extractor(to_uint8(pictures[:, m]), progress=False)
             scores = neighbour_scores(known[m], features)
             rows.append((frechet_distance(known[m], features), scores["precision"], scores["recall"]))
         rows.append(np.mean(rows, axis=0))

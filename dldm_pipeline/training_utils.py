@@ -532,9 +532,9 @@ def fine_detail(images: torch.Tensor) -> torch.Tensor:
 def patch_grid(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """How unlike the places of a decoder's patches are in fine detail, a scalar; without a grid it is near zero.
 
-    The power of `fine_detail` (by the logarithm) and its mean (in units of its
-    deviation) at each of the places, over all images of a modality, are compared with those of the others. No spectrum shows
-    such a grid, for a sum over places has forgotten it.
+    The power of `fine_detail` (by the logarithm) and its mean (in units of its deviation) at each of the places, over all
+    images of a modality, are compared with those of the others. No spectrum shows such a grid, for a sum over places has
+    forgotten it.
 
     Args:
         images: (B, n, H, W), compared modality by modality.

@@ -10,19 +10,22 @@ from collections.abc import Iterable
 import torch
 
 
-def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrix: torch.Tensor, steps: int = 3) -> torch.Tensor:
     """The nearest matrix (rows, columns) whose singular values are about 1, by Newton-Schulz iteration.
 
     Every iterate is a polynomial of the first one's Gram matrix times that first one, so only Gram matrices are multiplied:
-    two fifths of the work where a matrix is nine times as long as high, as those of 3x3 convolutions are.
+    two fifths of the work where a matrix is nine times as long as high, as those of 3x3 convolutions are. Three steps, not
+    Muon's five: they leave small singular values small, and a denoiser learns more in the same time by them.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
-    gram, product = x @ x.T, torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
-    for _ in range(steps):
+    gram, product = x @ x.T, None
+    for step in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal().add_(3.4445)
-        gram, product = factor @ gram @ factor, factor @ product
+        product = factor if product is None else factor @ product
+        if step < steps - 1:
+            gram = factor @ gram @ factor
     x = product @ x
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 

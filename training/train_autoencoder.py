@@ -576,7 +576,12 @@ def main(argv: list[str] | None = None) -> None:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
     )
     loader = DataLoader(
-        train_set, args.train_batch_size, shuffle=True, drop_last=True, num_workers=args.dataloader_num_workers
+        train_set,
+        args.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
     )
     validation_subset = spread(validation_set, 64)
     validation_loader = DataLoader(validation_subset, 16)

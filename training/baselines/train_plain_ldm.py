@@ -276,7 +276,9 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     selection = None
     if is_main:
         resume = bool(args.resume_from_checkpoint)
-        selection = Selection(output_dir, held_out, train_set.modalities, args.selection_subjects, extractor, resume)
+        selection = Selection(
+            output_dir, held_out, train_set.modalities, args.selection_subjects, extractor, resume, device
+        )
     parameters = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.autoencoder, model.unet)]
     accelerator.print(
         f"{len(train_set)} training and {len(validation_set)} validation slices of {', '.join(train_set.modalities)}; "

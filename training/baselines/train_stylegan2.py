@@ -167,7 +167,9 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     if is_main:
         real = read_slices(validation_set, num_workers=workers)
         resume = bool(args.resume_from_checkpoint)
-        selection = Selection(output_dir, real, train_set.modalities, args.selection_subjects, extractor, resume)
+        selection = Selection(
+            output_dir, real, train_set.modalities, args.selection_subjects, extractor, resume, accelerator.device
+        )
     parameters = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (generator, discriminator)]
     accelerator.print(
         f"{len(slices)} of {len(train_set)} training and {len(validation_set)} validation slices of "

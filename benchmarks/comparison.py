@@ -3,7 +3,6 @@
     python benchmarks/comparison.py                                   # simulated subjects, 64x64: three hours and a half
     python benchmarks/comparison.py --systems DLDM                    # one of them; run it again for the others
     python benchmarks/comparison.py --minutes 120 --num_threads 1     # as much computing, on half of a machine of two cores
-    python benchmarks/comparison.py --preset gpu --minutes 10 --output_dir outputs/comparison-gpu    # on a graphics card
 
 The paper (Na et al., MIDL 2023) compares DLDM with StyleGAN2 by 1,000 generated samples each. Here all see the same training
 subjects for the same wall-clock minutes; DLDM's are shared by its three trainings (autoencoder, denoiser, decoder). Nothing
@@ -25,33 +24,26 @@ from dldm_pipeline.training_utils import clear_errors, make_output_dir, phantom_
 ROOT = Path(__file__).resolve().parents[1]
 # Of DLDM's minutes. Not compared with other shares: those before were of another autoencoder.
 SHARES = {"autoencoder": 0.35, "ldm": 0.45, "dldm": 0.2}
-# The configs of autoencoder, denoiser, StyleGAN2 and plain LDM, and the batch of the decoder's last training.
-PRESETS = {
-    "cpu": ("autoencoder_64", "ldm_64", "stylegan2_small", "plain_ldm_small", 8),
-    "gpu": ("autoencoder_64_gpu", "ldm_64_gpu", "stylegan2_gpu", "plain_ldm_gpu", 32),
-}
 
 
-def trainings(folder: Path, preset: str, minutes: float) -> dict[str, dict[str, list[str]]]:
+def trainings(folder: Path, minutes: float) -> dict[str, dict[str, list[str]]]:
     """Of each system, the output folders and the commands that fill them, in order."""
     script = str(ROOT / "training" / "train_autoencoder.py")
-    autoencoder, ldm, stylegan2, plain_ldm, last_batch = PRESETS[preset]
     times = {name: [f"--max_train_minutes={share * minutes:g}"] for name, share in SHARES.items()}
     return {
         "DLDM": {
-            "autoencoder": [script, f"--config={autoencoder}", *times["autoencoder"]],
+            "autoencoder": [script, "--config=autoencoder_64", *times["autoencoder"]],
             "ldm": [
                 str(ROOT / "training" / "train_ldm.py"),
-                f"--config={ldm}",
+                "--config=ldm_64",
                 f"--autoencoder={folder / 'autoencoder'}",
                 f"--cache_dir={folder / 'cache'}",
                 *times["ldm"],
             ],
             "dldm": [
                 script,
-                f"--config={autoencoder}",
+                "--config=autoencoder_64",
                 f"--denoiser={folder / 'ldm'}",
-                f"--train_batch_size={last_batch}",
                 "--learning_rate=1e-3",
                 "--spectrum_weight=1",
                 "--perceptual_weight=1",
@@ -63,14 +55,12 @@ def trainings(folder: Path, preset: str, minutes: float) -> dict[str, dict[str, 
         "StyleGAN2": {
             "stylegan2": [
                 str(ROOT / "training" / "baselines" / "train_stylegan2.py"),
-                f"--config={stylegan2}",
                 f"--max_train_minutes={minutes:g}",
             ]
         },
         "plain LDM": {
             "plain_ldm": [
                 str(ROOT / "training" / "baselines" / "train_plain_ldm.py"),
-                f"--config={plain_ldm}",
                 f"--max_train_minutes={minutes:g}",
             ]
         },
@@ -114,9 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    names = list(trainings(Path(), "cpu", 1))
+    names = list(trainings(Path(), 1))
     parser.add_argument("--systems", nargs="+", choices=names, default=names, help="(default: all, in turn)")
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes of models and batches (%(default)s)")
     parser.add_argument("--minutes", type=float, default=60, help="of training, each system (default: %(default)s)")
     parser.add_argument("--num_threads", type=int, help="of each training (default: one a core)")
     parser.add_argument("--phantom_subjects", type=int, default=8000, help="simulated, a fifth held out (%(default)s)")
@@ -127,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = make_output_dir(args.output_dir)
     data = phantom_dataset(args.phantom_subjects, 64, root=folder)
     for name in args.systems:
-        commands = trainings(folder, args.preset, args.minutes)[name]
+        commands = trainings(folder, args.minutes)[name]
         # benchmarks/compared/ holds what is compared, the last training's output, and not what led to it.
         if is_done(folder / list(commands)[-1]):
             print(f"{name}: done before")

@@ -69,7 +69,8 @@ def commands(page: Path) -> list[tuple[str, str]]:
         if language == "python":
             found.append((language, block))
             continue
-        for line in (block or inline).replace("\\\n", " ").splitlines():
+        # A line's end within a sentence's command is a space.
+        for line in (block.replace("\\\n", " ") or inline.replace("\n", " ")).splitlines():
             words = shlex.split(line, comments=True)
             found += [("bash", command) for command in shlex.join(words).split(" '&&' ") if command]
     return found

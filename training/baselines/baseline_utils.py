@@ -183,7 +183,7 @@ def subject_generators(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def default_extractor(device: torch.device | str) -> Extractor:
+def default_extractor(device: torch.device) -> Extractor:
     """EfficientNet-Lite0, which needs no download.
 
     Raises:
@@ -208,7 +208,6 @@ class Selection:
         num_subjects: how many to generate; 0 measures nothing.
         extractor: from images to features; by default `default_extractor`.
         resume: go on with the folder's list, rather than begin a new one.
-        device: where the default extractor computes.
     """
 
     def __init__(
@@ -219,7 +218,6 @@ class Selection:
         num_subjects: int,
         extractor: Extractor | None = None,
         resume: bool = False,
-        device: torch.device | str = "cpu",
     ):
         self.path, self.modalities, self.num_subjects = Path(folder) / "selection.json", tuple(modalities), num_subjects
         self.entries: list[dict] = []
@@ -229,7 +227,7 @@ class Selection:
             self.path.unlink(missing_ok=True)
         if not num_subjects:
             return
-        self.extractor = extractor or default_extractor(device)
+        self.extractor = extractor or default_extractor(real.images.device)
         self.real = []
         for m, name in enumerate(self.modalities):
             rows = real.present[:, m].nonzero()[:, 0]

@@ -272,13 +272,11 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     train_set, validation_set = (open_split(data, split, args) for split in ("train", "validation"))
     model = build_model(args, train_set.modalities)
     slices = read_slices(train_set, num_workers=args.dataloader_num_workers, show_progress=is_main).to(device)
-    held_out = read_slices(validation_set, num_workers=args.dataloader_num_workers)
+    held_out = read_slices(validation_set, num_workers=args.dataloader_num_workers).to(device)
     selection = None
     if is_main:
         resume = bool(args.resume_from_checkpoint)
-        selection = Selection(
-            output_dir, held_out, train_set.modalities, args.selection_subjects, extractor, resume, device
-        )
+        selection = Selection(output_dir, held_out, train_set.modalities, args.selection_subjects, extractor, resume)
     parameters = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.autoencoder, model.unet)]
     accelerator.print(
         f"{len(train_set)} training and {len(validation_set)} validation slices of {', '.join(train_set.modalities)}; "
@@ -288,7 +286,6 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
 
     first_stage = output_dir / "first_stage"
     model.to(device, memory_format=torch.channels_last)
-    held_out = held_out.to(device)
     if args.resume_from_checkpoint and (first_stage / "config.json").is_file():
         done = PlainLDM.from_pretrained(first_stage)
         model.autoencoder.load_state_dict(done.autoencoder.state_dict())

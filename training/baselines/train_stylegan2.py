@@ -165,11 +165,9 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     slices = read_slices(train_set, joint, args.mask, workers, is_main).to(accelerator.device)
     selection = None
     if is_main:
-        real = read_slices(validation_set, num_workers=workers)
+        real = read_slices(validation_set, num_workers=workers).to(accelerator.device)
         resume = bool(args.resume_from_checkpoint)
-        selection = Selection(
-            output_dir, real, train_set.modalities, args.selection_subjects, extractor, resume, accelerator.device
-        )
+        selection = Selection(output_dir, real, train_set.modalities, args.selection_subjects, extractor, resume)
     parameters = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (generator, discriminator)]
     accelerator.print(
         f"{len(slices)} of {len(train_set)} training and {len(validation_set)} validation slices of "

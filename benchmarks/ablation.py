@@ -27,10 +27,11 @@ from pathlib import Path
 from types import ModuleType
 
 from dldm_pipeline import DEFAULT_MODALITIES, DisentangledAutoencoder
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.metrics.disentanglement import evaluate_disentanglement
 from dldm_pipeline.metrics.reconstruction import encode_subjects, evaluate_reconstruction
-from dldm_pipeline.training_utils import clear_errors, make_output_dir, parse_args, phantom_dataset
+from dldm_pipeline.training_utils import make_output_dir, parse_args, phantom_dataset
 
 TRAINING = Path(__file__).parents[1] / "training" / "train_autoencoder.py"
 STRATEGIES = {
@@ -75,7 +76,7 @@ def held_out_subjects(args: argparse.Namespace) -> tuple[str, SliceDataset]:
     return str(data), validation
 
 
-@clear_errors()
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

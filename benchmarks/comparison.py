@@ -19,7 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from dldm_pipeline.training_utils import clear_errors, make_output_dir, phantom_dataset
+from dldm_pipeline.cli import exit_on_user_error
+from dldm_pipeline.training_utils import make_output_dir, phantom_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of DLDM's minutes. Not compared with other shares: those before were of another autoencoder.
@@ -99,7 +100,7 @@ def train(command: list[str], num_threads: int | None, data: Path, output: Path,
     unfinished.replace(log)
 
 
-@clear_errors()
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

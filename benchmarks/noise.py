@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.metrics.features import load_extractor, to_uint8
 from dldm_pipeline.metrics.fidelity import frechet_distance, neighbour_scores
-from dldm_pipeline.training_utils import clear_errors, noise_deviation
+from dldm_pipeline.training_utils import noise_deviation
 
 STRUCTURE_NOISE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)  # deviation, of that of the structures themselves
 REAL_SEED, OTHER_SEED = 977_001, 977_003  # the subjects of examples/evaluate.py, and others
@@ -35,7 +36,7 @@ def splice(coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
     return np.where(brain, np.fft.irfft2(spectrum, s=(size, size)), 0).clip(0, 1).astype(np.float32)
 
 
-@clear_errors()
+@exit_on_user_error()
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.phantom import phantom_rows
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.metrics.alignment import evaluate_alignment
 from dldm_pipeline.metrics.reconstruction import compare_spectra, radial_power_spectrum
-from dldm_pipeline.training_utils import clear_errors
 
 Latents = tuple[torch.Tensor, torch.Tensor]
 PHANTOM_SEED = 977_001  # the simulated subjects of examples/evaluate.py, which no training run has seen
@@ -124,7 +124,7 @@ def real_subjects(pipeline: DLDMPipeline, dataset: str | None, count: int) -> tu
     return images, masks, [item["subject"] for item in items]
 
 
-@clear_errors()
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=BUNDLED_CHECKPOINT, help="folder (default: the bundled one)")

@@ -10,16 +10,16 @@ import argparse
 
 import numpy as np
 
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.data.volumes import find_scans, read_scans
 from dldm_pipeline.modalities import CANONICAL_MODALITIES
-from dldm_pipeline.training_utils import clear_errors
 
 PERCENTILES = (5, 50, 95, 98, 99.8)
 NUM_PHANTOMS, PHANTOM_SEED = 60, 977_003
 
 
-@clear_errors()
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scans", metavar="SCANS", help="folder with one folder per subject")

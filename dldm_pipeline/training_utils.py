@@ -226,21 +226,6 @@ def _at_least_zero(kind: type) -> Callable[[str], int | float]:
     return convert
 
 
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Print bad input or a failing disk as one `error:` line to stderr and exit with status 2, without a traceback.
-
-    Set `DLDM_DEBUG=1` to see the traceback.
-    """
-    try:
-        yield
-    except (ValueError, OSError, SafetensorError) as error:
-        if os.environ.get("DLDM_DEBUG"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Set-up
 # ---------------------------------------------------------------------------------------------------------------------

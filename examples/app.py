@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 
 from dldm_pipeline import DLDMPipeline, DLDMTranslationPipeline
+from dldm_pipeline.cli import add_pipeline_arguments, exit_on_user_error, find_pipeline
 from dldm_pipeline.data.export import FIELD_OF_VIEW, NOTICE, TRANSLATION_NOTICE, export_subjects
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.volumes import Scan, read_scan
-from dldm_pipeline.example_utils import add_pipeline_arguments, find_pipeline
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
-from dldm_pipeline.training_utils import clear_errors
 
 INTRODUCTION = """# Multi-modal brain-tumour MRI from a disentangled latent diffusion model
 **Synthetic. Research only, not for diagnosis.** Every row is one subject; all its images share one anatomy."""
@@ -330,7 +329,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@clear_errors()
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = find_pipeline(args.pipeline)

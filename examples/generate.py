@@ -16,9 +16,8 @@ import time
 import torch
 
 from dldm_pipeline import DLDMPipeline
+from dldm_pipeline.cli import add_example_arguments, exit_on_user_error, find_pipeline
 from dldm_pipeline.data.export import FORMATS, check_export_folder, export_subjects
-from dldm_pipeline.example_utils import add_example_arguments, find_pipeline
-from dldm_pipeline.training_utils import clear_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@clear_errors()
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()

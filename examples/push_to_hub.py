@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from dldm_pipeline import DLDMPipeline
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.hub import PRIVATE_NAMES, push_folder, write_model_card
 from dldm_pipeline.pipeline_dldm import add_modules
-from dldm_pipeline.training_utils import clear_errors, write_pretrained
+from dldm_pipeline.training_utils import write_pretrained
 
 NUM_PICTURES = 4
 
@@ -185,7 +186,7 @@ def memorization_text(metrics: dict) -> str:
     )
 
 
-@clear_errors()
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if (args.pipeline is None) == (args.dataset is None):

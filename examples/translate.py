@@ -22,13 +22,12 @@ import numpy as np
 import torch
 
 from dldm_pipeline import DLDMTranslationPipeline
+from dldm_pipeline.cli import add_example_arguments, exit_on_user_error, find_pipeline
 from dldm_pipeline.data.export import SHEET_SUBJECTS, TRANSLATION_NOTICE, check_export_folder, export_subjects
 from dldm_pipeline.data.phantom import SEQUENCES, phantom_rows
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.volumes import find_scans, read_scans
-from dldm_pipeline.example_utils import add_example_arguments, find_pipeline
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
-from dldm_pipeline.training_utils import clear_errors
 
 # A seed of their own, so that no training run has seen them.
 NUM_PHANTOMS, PHANTOM_SEED = 2, 977_002
@@ -86,7 +85,7 @@ def draw_sheet(rows: list[dict], given: list[str], output: DLDMPipelineOutput, p
     )
 
 
-@clear_errors()
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dldm_pipeline import training_utils
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.hub import write_model_card
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,
     add_training_arguments,
     averaged_weights,
-    clear_errors,
     list_checkpoints,
     load_checkpoint,
     make_accelerator,
@@ -111,14 +111,14 @@ def test_a_preset_gives_back_what_was_written(tmp_path_factory, rate, steps, ema
 
 @pytest.mark.parametrize("error", [ValueError("a\nb"), FileNotFoundError("a b"), OSError(errno.ENOSPC, "a b")])
 def test_bad_input_is_one_line(capsys, error):
-    with pytest.raises(SystemExit) as caught, clear_errors():
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
         raise error
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: ") and "a b" in str(error).replace("\n", " ")
 
 
 def test_other_errors_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError), clear_errors():
+    with pytest.raises(ZeroDivisionError), exit_on_user_error():
         raise ZeroDivisionError
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.phantom import phantom_rows
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import write_slices
 from dldm_pipeline.data.volumes import Scan, ScanReport, find_scans, read_scans
 from dldm_pipeline.modalities import CANONICAL_MODALITIES, DEFAULT_MODALITIES, MASK, check_modalities
-from dldm_pipeline.training_utils import clear_errors
 
 SHEET_SUBJECTS = 10
 PRINTED_LINES = 40
@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script with these arguments, by default those of the command line."""
     args = parse_args(argv)
-    with clear_errors():
+    with exit_on_user_error():
         try:
             prepare(args)
         except ImportError as error:  # pydicom is an extra

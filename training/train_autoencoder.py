@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from dldm_pipeline import DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.autoencoder_disentangled import DisentangledDecoderOutput
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.discriminator import DetailDiscriminator
@@ -33,7 +34,6 @@ from dldm_pipeline.training_utils import (
     TrainingParser,
     add_training_arguments,
     averaged_weights,
-    clear_errors,
     edges,
     find_dataset,
     load_checkpoint,
@@ -698,5 +698,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with exit_on_user_error():
         main()

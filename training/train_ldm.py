@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dldm_pipeline import BUNDLED_CHECKPOINT, DisentangledAutoencoder, DLDMPipeline
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.hub import write_model_card
@@ -37,7 +38,6 @@ from dldm_pipeline.training_utils import (
     TrainingParser,
     add_training_arguments,
     averaged_weights,
-    clear_errors,
     find_dataset,
     load_checkpoint,
     log_image,
@@ -566,5 +566,5 @@ def write_card(
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with exit_on_user_error():
         main()

@@ -141,7 +141,7 @@ def test_styles_come_from_the_same_modality_of_subjects_that_have_it():
     ],
 )
 def test_bad_input_is_one_line(data, tmp_path, capsys, more, message):
-    with pytest.raises(SystemExit) as caught, train_autoencoder.clear_errors():
+    with pytest.raises(SystemExit) as caught, train_autoencoder.exit_on_user_error():
         train_autoencoder.main(words(data, tmp_path, *more))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert caught.value.code == 2 and len(lines) == 1 and message in lines[0]

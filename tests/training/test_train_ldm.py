@@ -70,7 +70,7 @@ def words(folders, output, *more, autoencoder="autoencoder"):
 
 
 def refused(capsys, arguments):
-    with pytest.raises(SystemExit) as caught, train_ldm.clear_errors():
+    with pytest.raises(SystemExit) as caught, train_ldm.exit_on_user_error():
         train_ldm.main(arguments)
     output = capsys.readouterr().err
     assert caught.value.code == 2

@@ -31,13 +31,13 @@ from PIL import Image
 from plain_ldm import PlainLDM, diffusion_loss, make_scheduler, psnr
 from tqdm.auto import tqdm
 
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.muon import make_optimizers
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,
     add_training_arguments,
     averaged_weights,
-    clear_errors,
     edges,
     find_dataset,
     load_checkpoint,
@@ -372,5 +372,5 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with exit_on_user_error():
         main()

@@ -31,13 +31,13 @@ from PIL import Image
 from stylegan2 import Discriminator, StyleGAN2, translate
 from tqdm.auto import tqdm
 
+from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.discriminator import discriminator_loss, generator_loss, r1_penalty
 from dldm_pipeline.training_utils import (
     TrainingClock,
     TrainingParser,
     add_training_arguments,
     averaged_weights,
-    clear_errors,
     find_dataset,
     load_checkpoint,
     log_image,
@@ -277,5 +277,5 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with exit_on_user_error():
         main()

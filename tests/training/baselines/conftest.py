@@ -47,10 +47,10 @@ def extractor():
 @pytest.fixture
 def refused(capsys):
     """Run a script's `main` and return the one line that it refuses its arguments with."""
-    from dldm_pipeline.training_utils import clear_errors
+    from dldm_pipeline.cli import exit_on_user_error
 
     def run(main, arguments, *more):
-        with pytest.raises(SystemExit) as caught, clear_errors():
+        with pytest.raises(SystemExit) as caught, exit_on_user_error():
             main(arguments, *more)
         output = capsys.readouterr().err
         assert caught.value.code == 2

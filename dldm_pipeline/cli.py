@@ -1,11 +1,31 @@
-"""What the example scripts share: where a pipeline comes from, and where its subjects go."""
+"""What the scripts share: errors in one line, where a pipeline comes from, and where its subjects go."""
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Print bad input or a failing disk as one `error:` line to stderr and exit with status 2, without a traceback.
+
+    Set `DLDM_DEBUG=1` to see the traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        if os.environ.get("DLDM_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ with the presets training/configs/autoencoder_paper.yaml and training/configs/ld
 
 import argparse
 import importlib.util
-import inspect
 import resource
 import time
 from collections.abc import Callable
@@ -22,8 +21,10 @@ import torch
 
 from dldm_pipeline import DEFAULT_MODALITIES, DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.phantom import phantom_rows
-from dldm_pipeline.muon import make_optimizers
-from dldm_pipeline.training_utils import parse_args
+from dldm_pipeline.denoiser import make_scheduler
+from dldm_pipeline.encoding import Latents
+from dldm_pipeline.optimization import MuonAdamW
+from dldm_pipeline.training_args import Args, AutoencoderArgs, LDMArgs, parse_args
 
 TRAINING = Path(__file__).parents[1] / "training"
 
@@ -36,20 +37,16 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-def preset(script: ModuleType, name: str) -> argparse.Namespace:
-    """The arguments of a training script under one of its presets."""
-    return parse_args(script.build_parser(), ["--config", name])
+def preset(kind: type[Args], name: str) -> Args:
+    """The options of a training script under one of its presets."""
+    return parse_args(kind, __doc__, TRAINING / "configs", ["--config", name])
 
 
 def build_autoencoder() -> DisentangledAutoencoder:
     """The preset's autoencoder, untrained, with the latent scales that training would measure."""
-    args = preset(load_script("train_autoencoder"), "autoencoder_paper")
-    known = set(inspect.signature(DisentangledAutoencoder).parameters) - {"modalities"}
-    autoencoder = DisentangledAutoencoder(
-        modalities=list(DEFAULT_MODALITIES),
-        sample_size=args.resolution,
-        **{name: value for name, value in vars(args).items() if name in known},
-    )
+    args = preset(AutoencoderArgs, "autoencoder_paper")
+    args.modalities = args.modalities or list(DEFAULT_MODALITIES)
+    autoencoder = load_script("train_autoencoder").build_autoencoder(args, args.modalities)
     for kind in ("structure", "style"):
         channels = autoencoder.config[f"{kind}_channels"]
         autoencoder.register_to_config(**{f"{kind}_shift": [0.0] * channels, f"{kind}_scale": [1.0] * channels})
@@ -68,49 +65,48 @@ def simulated_batch(size: int, resolution: int) -> dict[str, torch.Tensor]:
     }
 
 
-def step(model: torch.nn.Module, loss: Callable[[], torch.Tensor], learning_rate: float) -> float:
+def seconds_of_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor], learning_rate: float) -> float:
     """Seconds of one optimizer step."""
-    optimizers = make_optimizers(model, learning_rate)
+    optimizer = MuonAdamW(model, learning_rate)
     started = time.perf_counter()
     loss().backward()
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizer.step()
     return time.perf_counter() - started
 
 
 def train_autoencoder(batch_size: int) -> tuple[int, float]:
-    script = load_script("train_autoencoder")
-    args, model = preset(script, "autoencoder_paper"), build_autoencoder()
+    script, args, model = (
+        load_script("train_autoencoder"),
+        preset(AutoencoderArgs, "autoencoder_paper"),
+        build_autoencoder(),
+    )
     batch = simulated_batch(batch_size, args.resolution)
-    objective = script.DisentangledLoss(model, args)
+    objective, weights = script.DisentangledLoss(model, args), script.WEIGHTS | {"spectrum": args.spectrum_weight}
 
     def loss() -> torch.Tensor:
-        return sum(getattr(args, f"{name}_weight", 1.0) * term for name, term in objective(batch).items())
+        return sum(weights[name] * term for name, term in objective(batch).items())
 
-    return model.num_parameters(), step(model, loss, args.learning_rate)
+    return model.num_parameters(), seconds_of_step(model, loss, args.learning_rate)
 
 
 def train_ldm(batch_size: int) -> tuple[int, float]:
-    script, autoencoder = load_script("train_ldm"), build_autoencoder()
-    args, scheduler = preset(script, "ldm_paper"), script.make_scheduler()
-    unet = script.build_unet(args, autoencoder)
-    config, grid = autoencoder.config, autoencoder.latent_size
-    n = len(config.modalities)
-    style = (config.style_channels, grid, grid) if config.style_type == "map" else (config.style_channels,)
-    latents = script.Latents(
-        structure=torch.randn(batch_size, 1, config.structure_channels, grid, grid),
-        style=torch.randn(batch_size, 1, n, *style),
+    script, args, autoencoder = load_script("train_ldm"), preset(LDMArgs, "ldm_paper"), build_autoencoder()
+    unet, scheduler = script.load_unet(args, autoencoder), make_scheduler()
+    config, size, n = autoencoder.config, autoencoder.latent_size, autoencoder.num_modalities
+    latents = Latents(
+        structure=torch.randn(batch_size, 1, config.structure_channels, size, size),
+        style=torch.randn(batch_size, 1, n, config.style_channels),
         present=torch.ones(batch_size, n, dtype=torch.bool),
     )
-    batch = script.draw_batch(latents, batch_size, scheduler, args)
-    seconds = step(unet, lambda: script.training_loss(unet, scheduler, batch, args), args.learning_rate)
+    batch = script.sample_batch(latents, batch_size, scheduler, args)
+    seconds = seconds_of_step(unet, lambda: script.training_loss(unet, scheduler, batch, args), args.learning_rate)
     return unet.num_parameters(), seconds
 
 
 def sample(batch_size: int) -> tuple[int, float]:
-    script, autoencoder = load_script("train_ldm"), build_autoencoder().eval()
-    unet = script.build_unet(preset(script, "ldm_paper"), autoencoder).eval()
-    pipeline = DLDMPipeline(autoencoder, unet, script.make_scheduler())
+    autoencoder = build_autoencoder().eval()
+    unet = load_script("train_ldm").load_unet(preset(LDMArgs, "ldm_paper"), autoencoder).eval()
+    pipeline = DLDMPipeline(autoencoder, unet, make_scheduler())
     started = time.perf_counter()
     pipeline(1, generator=torch.Generator().manual_seed(0))
     return autoencoder.num_parameters() + unet.num_parameters(), time.perf_counter() - started

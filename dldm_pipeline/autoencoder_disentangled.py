@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class DisentangledEncoderOutput(BaseOutput):
 
     Args:
         structure_dist: posterior of `z_struct`, mode of shape (B, c_s, h, w): one for each subject, whatever was present.
-        style_dist: posterior of the n styles, mode of shape (B, n, c_t) or (B, n, c_t, h, w).
+        style_dist: posterior of the n styles, mode of shape (B, n, c_t).
     """
 
     structure_dist: DiagonalGaussianDistribution
@@ -49,31 +50,26 @@ class DisentangledDecoderOutput(BaseOutput):
 
 
 class StyleDistribution(DiagonalGaussianDistribution):
-    """A diagonal Gaussian over styles whose draws have the shape (B, n, c_t) or (B, n, c_t, h, w).
+    """A diagonal Gaussian over style vectors; samples and mode have the shape (B, n, c_t).
 
     Args:
-        parameters: (B * n, 2 * c_t, h, w), with h = w = 1 for a style vector.
+        parameters: (B * n, 2 * c_t, 1, 1).
         num_modalities: n.
-        style_type: "vector" or "map".
     """
 
-    def __init__(self, parameters: torch.Tensor, num_modalities: int, style_type: str):
+    def __init__(self, parameters: torch.Tensor, num_modalities: int):
         super().__init__(parameters)
-        self._num_modalities, self._style_type = num_modalities, style_type
-
-    def _by_subject(self, z: torch.Tensor) -> torch.Tensor:
-        z = z.unflatten(0, (-1, self._num_modalities))
-        return z if self._style_type == "map" else z[..., 0, 0]
+        self._num_modalities = num_modalities
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        return self._by_subject(super().sample(generator))
+        return super().sample(generator)[:, :, 0, 0].unflatten(0, (-1, self._num_modalities))
 
     def mode(self) -> torch.Tensor:
-        return self._by_subject(super().mode())
+        return super().mode()[:, :, 0, 0].unflatten(0, (-1, self._num_modalities))
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block; `condition` (N, d) or (N, d, h, w) shifts and scales it (FiLM, Perez et al. 2018)."""
+    """Pre-activation residual block; `condition` (N, d, 1, 1) shifts and scales it (FiLM, Perez et al. 2018)."""
 
     def __init__(self, channels: int, condition_channels: int | None = None):
         super().__init__()
@@ -110,13 +106,11 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             of pixels that a place of the latents stands for in each direction.
         patch_size: side of the patches that become channels.
         structure_channels: channels c_s of z_struct.
-        style_channels: channels c_t of each z_style.
-        style_type: "vector" for one style vector an image (it cannot carry anatomy), "map" for a style on the latent grid
-            (the paper's reading).
+        style_channels: length c_t of each z_style, a vector, which cannot carry anatomy.
         encoder_channels: widths of the encoder's grids, from `sample_size / patch_size` down to the latents' size.
         decoder_channels: widths of the decoder's grids, as many, from the latents' size up.
         encoder_blocks, decoder_blocks: residual blocks on each grid of the encoder (each modality) and of the decoder's trunk.
-        head_channels, head_blocks: width and residual blocks of the part that runs once for each image.
+        head_channels: width of the part that runs once for each image.
         structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
             over the whole training set at the end of training; None until then.
         style_shift, style_scale: c_t values, likewise.
@@ -124,7 +118,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             lack. A decoder can only return the mean of what it cannot foresee; `DLDMPipeline` adds the noise that was there.
 
     Raises:
-        ValueError: on an unknown `style_type`, a size that does not divide, an encoder and a decoder of different depth, or
+        ValueError: on a size that does not divide, an encoder and a decoder of different depth, or
             empty or duplicate modality names.
     """
 
@@ -139,13 +133,11 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         patch_size: int = 4,
         structure_channels: int = 16,
         style_channels: int = 8,
-        style_type: str = "vector",
         encoder_channels: tuple[int, ...] = (32, 96),
         encoder_blocks: int = 1,
         decoder_channels: tuple[int, ...] = (128, 64),
         decoder_blocks: int = 2,
         head_channels: int = 64,
-        head_blocks: int = 1,
         structure_shift: list[float] | None = None,
         structure_scale: list[float] | None = None,
         style_shift: list[float] | None = None,
@@ -161,8 +153,6 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             or len(set(modalities)) < len(modalities)
         ):
             raise ValueError(f"`modalities` must be a non-empty list of different names, got {modalities!r}.")
-        if style_type not in ("vector", "map"):
-            raise ValueError(f"`style_type` must be 'vector' or 'map', got {style_type!r}.")
         if not encoder_channels or len(encoder_channels) != len(decoder_channels):
             raise ValueError(
                 f"`encoder_channels` {list(encoder_channels)} and `decoder_channels` {list(decoder_channels)} must name one "
@@ -202,7 +192,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.decoder_linear_style = nn.Conv2d(style_channels, style_channels, 1)
         self.style_in = nn.Sequential(nn.Conv2d(style_channels, d0, 1), nn.SiLU(), nn.Conv2d(d0, d0, 1), nn.SiLU())
         self.head_in = nn.Conv2d(d0, head_channels, 1)
-        self.head = nn.ModuleList(ResBlock(head_channels, d0) for _ in range(head_blocks))
+        self.head = nn.ModuleList([ResBlock(head_channels, d0)])
         self.head_out = nn.Sequential(
             nn.GroupNorm(8, head_channels), nn.SiLU(), nn.Conv2d(head_channels, patch_channels, 3, padding=1)
         )
@@ -233,6 +223,15 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DisentangledAutoencoder":
         """Loads from a folder or the Hub as [`ModelMixin.from_pretrained`] does, from safetensors only: never a pickle."""
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **kwargs) -> "DisentangledAutoencoder":
+        """Builds a model as [`ConfigMixin.from_config`] does; refuses a config with another kind of style than vectors."""
+        if config.get("style_type", "vector") != "vector":  # the same weights would load and mean something else
+            raise ValueError(
+                f"`style_type` is {config['style_type']!r} in the config; this class has style vectors only."
+            )
+        return super().from_config(config, **kwargs)
 
     @property
     def num_modalities(self) -> int:
@@ -291,8 +290,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         for down, blocks in zip(self.encoder_down, self.encoder_grids[1:], strict=True):
             h = self._run(blocks, down(F.pixel_unshuffle(h, 2)), condition)
 
-        style = self.style_out(h if self.config.style_type == "map" else h.mean(dim=(2, 3), keepdim=True))
-        style_dist = StyleDistribution(style, n, self.config.style_type)
+        style_dist = StyleDistribution(self.style_out(h.mean(dim=(2, 3), keepdim=True)), n)
         features = h.unflatten(0, (batch, n))
         # Brought to about zero mean and unit deviation.
         blocks = F.pixel_unshuffle(4 * images - 1, self.spatial_compression_ratio).unflatten(1, (n, -1))
@@ -345,7 +343,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
 
         Args:
             z_struct: (B, c_s, h, w).
-            z_style: (B, k, c_t), or (B, k, c_t, h, w) for `style_type="map"`; k may be any number.
+            z_style: (B, k, c_t); k may be any number.
             return_dict: False returns the tuple `(sample, mask, foreground)`.
 
         Returns:
@@ -355,13 +353,12 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             ValueError: on a wrong shape.
         """
         c_t, grid = self.config.style_channels, self.latent_size
-        style_shape = (c_t, grid, grid) if self.config.style_type == "map" else (c_t,)
-        if z_struct.ndim != 4 or z_struct.shape[1:] != (self.config.structure_channels, grid, grid):
-            expected = (self.config.structure_channels, grid, grid)
+        expected = (self.config.structure_channels, grid, grid)
+        if z_struct.ndim != 4 or z_struct.shape[1:] != expected:
             raise ValueError(f"`z_struct` must be (subjects, *{expected}), got {tuple(z_struct.shape)}.")
-        if z_style.shape[2:] != style_shape or z_style.shape[0] != z_struct.shape[0]:
+        if z_style.shape[2:] != (c_t,) or z_style.shape[0] != z_struct.shape[0]:
             raise ValueError(
-                f"`z_style` must be ({z_struct.shape[0]} subjects, k styles, *{style_shape}), got {tuple(z_style.shape)}."
+                f"`z_style` must be ({z_struct.shape[0]} subjects, k styles, {c_t}), got {tuple(z_style.shape)}."
             )
         batch, k = z_style.shape[:2]
         h = self._run(self.decoder_grids[0], self.decoder_in(z_struct))
@@ -370,16 +367,12 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         mask = F.pixel_shuffle(self.mask_out(h), self.config.patch_size)[:, 0]
         foreground = F.pixel_shuffle(self.foreground_out(h), self.config.patch_size)
 
-        style = z_style.flatten(0, 1)
-        style = style if style.ndim == 4 else style[:, :, None, None]
+        style = z_style.flatten(0, 1)[:, :, None, None]
         # The structure alone gives as many images as a style has values; the style weighs their sum.
         weights = self.decoder_linear_style(style).unflatten(0, (batch, k))
         blocks = self.decoder_linear(z_struct).unflatten(1, (c_t, -1))
         linear = torch.einsum("bkcyx,bcpyx->bkpyx", weights.expand(-1, -1, -1, grid, grid), blocks)
-        style = self.style_in(style)
-        if self.config.style_type == "map":
-            style = F.interpolate(style, size=h.shape[2:], mode="nearest")
-        h = self._run(self.head, self.head_in(h).repeat_interleave(k, dim=0), style)
+        h = self._run(self.head, self.head_in(h).repeat_interleave(k, dim=0), self.style_in(style))
         sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size)
         sample = sample + F.pixel_shuffle(linear.flatten(0, 1), self.spatial_compression_ratio)
         sample = sample.reshape(batch, k, *mask.shape[1:]) * foreground.sigmoid()
@@ -403,7 +396,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         return z * self._channels("structure_scale", z, 1) + self._channels("structure_shift", z, 1)
 
     def normalize_style(self, z: torch.Tensor) -> torch.Tensor:
-        """Styles (B, k, c_t) or (B, k, c_t, h, w) to the space of the diffusion model."""
+        """Styles (B, k, c_t) to the space of the diffusion model."""
         return (z - self._channels("style_shift", z, 2)) / self._channels("style_scale", z, 2)
 
     def denormalize_style(self, z: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ class DLDMPipelineOutput(BaseOutput):
         structure (`torch.Tensor`):
             (S, c_s, h, w), the anatomies in the autoencoder's own scale; give it back as `structure=`.
         styles (`torch.Tensor`):
-            (S, M, c_t) or (S, M, c_t, h, w), the appearances in the autoencoder's own scale; give it back as `styles=`.
+            (S, M, c_t), the appearances in the autoencoder's own scale; give it back as `styles=`.
         modalities (`list[str]`): the M names.
     """
 
@@ -78,7 +78,7 @@ class DLDMPipeline(DiffusionPipeline):
 
     Notation: S subjects, n modalities known, M modalities asked for. The denoiser's class labels are m for the pair
     (z_struct, z_style_m) with both noised, n for its null; (n + 1) + m for z_style_m noised beside the clean z_struct,
-    2n + 1 for its null. A vector style is noised as a vector, shown to the denoiser as a flat map, and read back as the
+    2n + 1 for its null. A style is noised as a vector, shown to the denoiser as a flat map, and read back as the
     mean over the map.
 
     Parameters:
@@ -269,8 +269,7 @@ class DLDMPipeline(DiffusionPipeline):
                 (S or 1, c_s, h, w), anatomies to render instead of new ones, from an output's `structure` or the
                 autoencoder's `encode`.
             styles (`torch.Tensor`, *optional*):
-                (S or 1, M, c_t) or (S or 1, M, c_t, h, w), appearances to use instead of new ones, in the order of
-                `modalities`.
+                (S or 1, M, c_t), appearances to use instead of new ones, in the order of `modalities`.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 "pil", "np", "pt", or "latent" for no decoding (`images` and `masks` are then `None`).
             return_dict (`bool`, *optional*, defaults to `True`):
@@ -400,10 +399,9 @@ class DLDMPipeline(DiffusionPipeline):
             )
         c_s, c_t = self.autoencoder.config.structure_channels, self.autoencoder.config.style_channels
         grid = (self.autoencoder.latent_size,) * 2
-        style_shape = (c_t, *grid) if self.autoencoder.config.style_type == "map" else (c_t,)
         for name, value, shape in (
             ("structure", structure, (c_s, *grid)),
-            ("styles", styles, (len(modalities), *style_shape)),
+            ("styles", styles, (len(modalities), c_t)),
         ):
             if value is None:
                 continue
@@ -471,13 +469,10 @@ class DLDMPipeline(DiffusionPipeline):
             z_struct: (R, c_s, h, w) or `None`.
 
         Returns:
-            (R, c_s, h, w) and (R, c_t) or (R, c_t, h, w), float32.
+            (R, c_s, h, w) and (R, c_t), float32.
         """
         device = self._execution_device
         c_s, grid = self.autoencoder.config.structure_channels, self.autoencoder.latent_size
-        is_vector = self.autoencoder.config.style_type == "vector"
-        c_t = self.autoencoder.config.style_channels
-        style_shape = (c_t,) if is_vector else (c_t, grid, grid)
         structure_size = c_s * grid * grid if z_struct is None else 0
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         accepted = inspect.signature(self.scheduler.step).parameters
@@ -486,18 +481,17 @@ class DLDMPipeline(DiffusionPipeline):
         # What is drawn lies flat in one row of the state: schedulers work number by number, and so a style vector gets one
         # noise even from those that add noise at each step.
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        shape = (len(labels), structure_size + int(np.prod(style_shape)))
+        shape = (len(labels), structure_size + self.autoencoder.config.style_channels)
         state = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
         state = state * self.scheduler.init_noise_sigma
 
         def to_map(state):
-            structure, style = state[:, :structure_size], state[:, structure_size:].unflatten(1, style_shape)
-            style = style[:, :, None, None].expand(-1, -1, grid, grid) if is_vector else style
-            structure = structure.unflatten(1, (c_s, grid, grid)) if z_struct is None else z_struct
+            style = state[:, structure_size:, None, None].expand(-1, -1, grid, grid)
+            structure = state[:, :structure_size].unflatten(1, (c_s, grid, grid)) if z_struct is None else z_struct
             return torch.cat([structure, style], dim=1)
 
         def to_state(latents):
-            style = latents[:, c_s:].mean(dim=(2, 3)) if is_vector else latents[:, c_s:].flatten(1)
+            style = latents[:, c_s:].mean(dim=(2, 3))
             return style if z_struct is not None else torch.cat([latents[:, :c_s].flatten(1), style], dim=1)
 
         # The result of a network on one row changes in the last bits with the number of rows in the call (measured: oneDNN
@@ -530,7 +524,7 @@ class DLDMPipeline(DiffusionPipeline):
                 returned = (callback(self, first_step + i, t, given) or {}).get("latents", latents)
                 state = state if returned is latents else to_state(returned)
 
-        structure, style = state[:, :structure_size], state[:, structure_size:].unflatten(1, style_shape)
+        structure, style = state[:, :structure_size], state[:, structure_size:]
         return (structure.unflatten(1, (c_s, grid, grid)) if z_struct is None else z_struct), style
 
     def _render(

@@ -79,7 +79,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
                 Like `images`, of one subject or of S: a modality that is among them is rendered in their style. They show
                 other anatomies and need not be aligned with `images`; those that are not wanted are not used.
             styles (`torch.Tensor`, *optional*):
-                (S or 1, M, c_t) or (S or 1, M, c_t, h, w), the styles of all modalities wanted, in their order, such as an
+                (S or 1, M, c_t), the styles of all modalities wanted, in their order, such as an
                 output's `styles`.
             num_inference_steps (`int`, *optional*, defaults to 10):
                 Denoising steps of the styles (`num_style_inference_steps` of [`DLDMPipeline`]).

@@ -6,27 +6,23 @@ from dldm_pipeline import DisentangledAutoencoder
 MODALITIES = ["T1", "T1CE", "FLAIR"]
 
 
-def build(style_type: str = "vector", **kwargs) -> DisentangledAutoencoder:
+def build(**kwargs) -> DisentangledAutoencoder:
     """A tiny autoencoder whose residual branches are not zero, so that every input can matter."""
     torch.manual_seed(0)
     sizes = {"structure_channels": 4, "style_channels": 3, "encoder_channels": (8, 16), "decoder_channels": (16, 8)}
-    model = DisentangledAutoencoder(
-        modalities=MODALITIES, sample_size=32, style_type=style_type, head_channels=8, **(sizes | kwargs)
-    )
+    model = DisentangledAutoencoder(modalities=MODALITIES, sample_size=32, head_channels=8, **(sizes | kwargs))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
 
 
-@pytest.mark.parametrize("style_type", ["vector", "map"])
-def test_shapes(style_type):
-    model = build(style_type)
+def test_shapes():
+    model = build()
     images = torch.rand(2, 3, 32, 32)
     posterior = model.encode(images)
-    grid = (4, 4) if style_type == "map" else ()
     assert posterior.structure_dist.mode().shape == (2, 4, 4, 4)
-    assert posterior.style_dist.mode().shape == (2, 3, 3, *grid)
-    assert posterior.style_dist.sample().shape == (2, 3, 3, *grid)
+    assert posterior.style_dist.mode().shape == (2, 3, 3)
+    assert posterior.style_dist.sample().shape == (2, 3, 3)
     output = model.decode(posterior.structure_dist.mode(), posterior.style_dist.mode()[:, :2])
     assert output.sample.shape == (2, 2, 32, 32)
     assert output.mask.shape == (2, 32, 32)
@@ -36,13 +32,12 @@ def test_shapes(style_type):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("style_type", ["vector", "map"])
 @pytest.mark.parametrize(
     ("patch_size", "widths", "grid"), [(4, (8,), 8), (2, (8, 16), 8), (2, (8, 16, 24), 4), (1, (8, 8, 16, 24), 4)]
 )
-def test_grids_are_as_many_as_widths(style_type, patch_size, widths, grid):
+def test_grids_are_as_many_as_widths(patch_size, widths, grid):
     """Each has half the size of the one before, and everything in an image can reach the rebuilt one."""
-    model = build(style_type, patch_size=patch_size, encoder_channels=widths, decoder_channels=widths[::-1])
+    model = build(patch_size=patch_size, encoder_channels=widths, decoder_channels=widths[::-1])
     images = torch.rand(1, 3, 32, 32)
     structure = model.encode(images).structure_dist.mode()
     assert structure.shape == (1, 4, grid, grid) and model.latent_size == grid
@@ -73,10 +68,9 @@ def test_structure_of_several_subsets_is_that_of_each():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("style_type", ["vector", "map"])
-def test_an_image_depends_on_its_own_pair_only(style_type):
+def test_an_image_depends_on_its_own_pair_only():
     """Pair decoding: other styles beside it change nothing; its own style and its structure do."""
-    model = build(style_type)
+    model = build()
     posterior = model.encode(torch.rand(2, 3, 32, 32))
     structure, styles = posterior.structure_dist.mode(), posterior.style_dist.mode()
     together = model.decode(structure, styles)
@@ -131,12 +125,18 @@ def test_normalisation_is_inverted_and_saved(tmp_path):
         ({"modalities": ["T1", ""]}, "non-empty"),
         ({"modalities": "T12"}, "non-empty"),
         ({"modalities": ["T1", "T1"]}, "different names"),
-        ({"style_type": "tensor"}, "'vector' or 'map'"),
     ],
 )
 def test_bad_configuration(arguments, message):
     with pytest.raises(ValueError, match=message):
         DisentangledAutoencoder(**arguments)
+
+
+def test_a_config_with_style_maps_is_refused():
+    config = dict(build().config)
+    assert isinstance(DisentangledAutoencoder.from_config(config | {"style_type": "vector"}), DisentangledAutoencoder)
+    with pytest.raises(ValueError, match="`style_type` is 'map'"):
+        DisentangledAutoencoder.from_config(config | {"style_type": "map"})
 
 
 def test_bad_input():

@@ -203,34 +203,34 @@ def test_private_is_not_taken_for_granted(hub, folder):
     assert hub.repos["models", REPO].branches == before
 
 
-def test_a_revision_is_a_branch_of_its_own(hub, folder, tiny_pipeline, tiny_map_pipeline, tmp_path):
+def test_a_revision_is_a_branch_of_its_own(hub, folder, tiny_pipeline, other_tiny_pipeline, tmp_path):
     push_folder(folder, REPO)
     main = hub.repos["models", REPO].branches["main"]
-    tiny_map_pipeline.save_pretrained(tmp_path / "map")
-    push_folder(tmp_path / "map", REPO, revision="maps/first")
+    other_tiny_pipeline.save_pretrained(tmp_path / "other")
+    push_folder(tmp_path / "other", REPO, revision="others/first")
     assert hub.repos["models", REPO].branches["main"] == main
     assert np.array_equal(images(DLDMPipeline.from_pretrained(REPO)), images(tiny_pipeline))
-    other = DLDMPipeline.from_pretrained(REPO, revision="maps/first")
-    assert np.array_equal(images(other), images(tiny_map_pipeline))
+    other = DLDMPipeline.from_pretrained(REPO, revision="others/first")
+    assert np.array_equal(images(other), images(other_tiny_pipeline))
 
 
 @pytest.mark.parametrize("revision", [None, "trial"])
 def test_a_broken_upload_leaves_the_repository_as_it_was(
-    hub, folder, tiny_pipeline, tiny_map_pipeline, tmp_path, revision
+    hub, folder, tiny_pipeline, other_tiny_pipeline, tmp_path, revision
 ):
     push_folder(folder, REPO)
     before = dict(hub.repos["models", REPO].branches)
-    tiny_map_pipeline.save_pretrained(tmp_path / "map")
+    other_tiny_pipeline.save_pretrained(tmp_path / "other")
     hub.break_at = "POST .*/commit/"
     with pytest.raises(OSError, match=f"to {REPO} failed: .*disconnected.*run it again"):
-        push_folder(tmp_path / "map", REPO, revision=revision)
+        push_folder(tmp_path / "other", REPO, revision=revision)
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
     assert hub.repos["models", REPO].branches == before
     assert np.array_equal(images(DLDMPipeline.from_pretrained(REPO)), images(tiny_pipeline))
     hub.break_at = None
-    push_folder(tmp_path / "map", REPO, revision=revision)
+    push_folder(tmp_path / "other", REPO, revision=revision)
     loaded = DLDMPipeline.from_pretrained(REPO, revision=revision)
-    assert np.array_equal(images(loaded), images(tiny_map_pipeline))
+    assert np.array_equal(images(loaded), images(other_tiny_pipeline))
 
 
 def test_old_weights_go_and_what_is_private_stays_here(hub, folder, tmp_path):

@@ -17,7 +17,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(params=["tiny_pipeline", "tiny_map_pipeline"])
+@pytest.fixture(params=["tiny_pipeline"])
 def pipe(request):
     return request.getfixturevalue(request.param)
 

@@ -32,7 +32,7 @@ def translator(pipe) -> DLDMTranslationPipeline:
     return translation
 
 
-@pytest.fixture(params=["tiny_pipeline", "tiny_map_pipeline"])
+@pytest.fixture(params=["tiny_pipeline"])
 def pipe(request):
     return translator(request.getfixturevalue(request.param))
 

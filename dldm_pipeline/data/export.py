@@ -22,7 +22,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -36,8 +35,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
+from dldm_pipeline.data.files import new_folder
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.data.slices import new_folder, write_slices
+from dldm_pipeline.data.slices import write_slices
 from dldm_pipeline.modalities import MASK
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
@@ -138,9 +138,7 @@ def export_subjects(
         ],
     }
     folder = Path(folder).absolute()
-    # An export that is to be replaced stays until the new one is complete.
-    target = folder.with_name(f".{folder.name}-new-{os.getpid()}") if overwrite and folder.exists() else folder
-    with new_folder(target) as temporary:
+    with new_folder(folder, overwrite) as temporary:
         subjects = tqdm(list(zip(manifest["subjects"], images, labels, strict=True)), desc="export")
         if format == "dataset":
             _write_dataset(temporary, subjects, output.modalities, spacing, notice)
@@ -155,11 +153,6 @@ def export_subjects(
         shown = slice(0, SHEET_SUBJECTS)
         contact_sheet(images[shown], masks[shown], output.modalities, names, temporary / "sheet.png", outline_all=False)
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    if target != folder:
-        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
-        folder.rename(old)
-        target.rename(folder)
-        shutil.rmtree(old)
     return folder
 
 

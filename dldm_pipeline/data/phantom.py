@@ -18,14 +18,18 @@ literature, which is wide.
 
 import math
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
+from tqdm.auto import tqdm
 
+from dldm_pipeline.data.slices import write_slices
 from dldm_pipeline.modalities import DEFAULT_MODALITIES
 
 TISSUES = ("white", "grey", "csf", "vessel", "oedema", "enhancing", "necrosis")
@@ -174,6 +178,36 @@ def phantom_rows(
                 yield from blocks.popleft().get()
         while blocks:
             yield from blocks.popleft().get()
+
+
+def phantom_dataset(
+    num_subjects: int = 2000,
+    size: int = 128,
+    modalities: Sequence[str] = DEFAULT_MODALITIES,
+    seed: int = 0,
+    root: str | Path = "data",
+    num_workers: int | None = None,
+    show_progress: bool = True,
+) -> Path:
+    """The folder of a simulated data set, `root/phantom-{size}-{num_subjects}`; it is made first if it is not there.
+
+    Other modalities and seeds than the default stand in the folder's name.
+
+    Args:
+        num_subjects: subjects, one slice each; one in five is held out for validation.
+        size, modalities, seed: as in `phantom_rows`.
+        root: folder in which such folders are kept.
+        num_workers: processes; by default one per core.
+        show_progress: whether to show a progress bar.
+    """
+    modalities = tuple(modalities)
+    name = "-".join([f"phantom-{size}-{num_subjects}", *(modalities if modalities != DEFAULT_MODALITIES else ())])
+    folder = Path(root) / (f"{name}-seed{seed}" if seed else name)
+    if not folder.is_dir():
+        rows = phantom_rows(num_subjects, size, seed, modalities, num_workers or os.cpu_count())
+        rows = tqdm(rows, total=num_subjects, desc="simulating subjects", unit="subject", disable=not show_progress)
+        write_slices(rows, folder, modalities, seed=seed)
+    return folder
 
 
 def _row(job: tuple) -> dict:

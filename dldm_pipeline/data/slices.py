@@ -20,14 +20,10 @@ with one row per slice and these columns, in this order:
 `datasets.load_dataset("DATA")` reads it, `streaming=True` too, and so it does from the Hub.
 """
 
-import contextlib
-import errno
 import hashlib
 import io
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +34,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from dldm_pipeline.data.files import new_folder
 from dldm_pipeline.modalities import MASK, check_modalities
 
 ROWS_PER_GROUP = 64  # rows held in memory while writing, and read at once by a streaming reader
@@ -151,56 +148,6 @@ def write_slices(
         if finish is not None:
             finish(folder, summary)
     return summary
-
-
-@contextlib.contextmanager
-def new_folder(output: str | os.PathLike) -> Iterator[Path]:
-    """Make a folder that appears complete or not at all.
-
-    Yields a hidden folder beside `output` to write into. When the block ends well it is renamed to `output`; when the
-    block raises, it is deleted.
-
-    Args:
-        output (`str` or `os.PathLike`): Folder to create; it must not exist, or be empty.
-
-    Yields:
-        `Path`: The hidden folder.
-
-    Raises:
-        FileExistsError: If `output` is a file or a folder with something in it.
-        OSError: With a message that names `output`, if it cannot be written or the disk is full.
-    """
-    output = Path(output).absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} already exists and is not an empty folder; delete it or name another output.")
-    folder = None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", suffix=".partial", dir=output.parent))
-        folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        yield folder
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC, f"the disk is full: could not finish {output}; nothing was kept. Free space and run again"
-            ) from error
-        if folder is None or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise OSError(
-                error.errno, f"cannot write {output} ({error.strerror}); name an output folder you may write to"
-            ) from error
-        raise
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _encode(array: np.ndarray) -> dict[str, Any]:

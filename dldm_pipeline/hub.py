@@ -1,17 +1,24 @@
-"""Sharing on the Hub: model cards, and uploads in one commit.
+"""Sharing on the Hub: models written as a whole, model cards, and uploads in one commit.
 
-What makes a pipeline load without this package is put beside its weights by `DLDMPipeline.save_pretrained`.
+`DLDMPipeline.save_pretrained` puts the modules beside the weights that load a pipeline without this package.
 """
 
+import json
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, HfApi, ModelCard, ModelCardData
+from safetensors import SafetensorError
+from yaml import YAMLError
 
-# What lies in an output folder and is not for others: checkpoints, logs, hidden files, pickles.
+from dldm_pipeline.data.files import write_text
+
+# What an output folder holds that is not uploaded: checkpoints, logs, hidden files, pickles.
 PRIVATE_NAMES = ("checkpoint-*", "logs", "validation", ".*", "*.bin", "*.pt", "*.ckpt", "*.pkl")
 
 CARD_TEMPLATE = """\
@@ -30,13 +37,13 @@ CARD_TEMPLATE = """\
 
 *{{ caption }}*
 {% endfor %}
-{%- for heading, (kind, rows) in tables.items() if rows %}
+{%- for heading, kind, rows in tables if rows %}
 ## {{ heading }}
 
 | {{ kind }} | value |
 |---|---|
 {%- for name, value in rows.items() %}
-| {{ name }} | {{ value }} |
+| {{ name }} | {{ show(value) }} |
 {%- endfor %}
 {% endfor %}
 {%- for heading, text in sections.items() %}
@@ -46,70 +53,150 @@ CARD_TEMPLATE = """\
 {% endfor %}
 ## Intended use and limits
 
-Research: augmentation, method development, teaching. The images are synthetic and mark no real patient. **Not for \
-diagnosis**, nor for any other clinical decision. The model shows what its training data show: their scanners, their \
-populations, their lesions, and their biases. Check what you generate before you train on it.
+Research: augmentation, method development, teaching. The images are synthetic and show no real patient. **Not for \
+diagnosis**, nor for any other clinical decision. The model reproduces its training data: their scanners, populations, \
+lesions and biases. Check what you generate before you train on it.
 """
 
 
 def write_model_card(
-    folder: str | Path,
+    folder: str | os.PathLike,
     title: str,
     description: str,
-    figures: dict[str, float | int | str],
+    figures: dict[str, float | int | str | None],
     training: dict[str, Any],
     images: dict[str, str] | None = None,
     tags: Sequence[str] = (),
-    library_name: str = "diffusers",
+    training_data: str | None = None,
     sections: dict[str, str] | None = None,
     widget: dict[str, str] | None = None,
     license: str = "apache-2.0",
 ) -> Path:
     """Write `README.md`, the model card of a folder, with intended use and limits.
 
+    Figures and training settings are written as tables, and into the card's metadata, where programs find them:
+    `ModelCard.load(path).data.eval_results`, and [`read_card_data`].
+
     Args:
-        folder: the model's folder.
-        title: first heading.
-        description: Markdown, what it is and what it was trained on.
-        figures: measured on held-out subjects; name to value.
-        training: arguments worth knowing; name to value.
-        images: caption to file name inside `folder`.
-        tags: added to the common ones.
-        library_name: what the Hub files it under.
-        sections: heading to Markdown, after the tables.
-        widget: caption to file name inside `folder`, the pictures that the Hub shows beside the model.
-        license: the Hub's name of the licence.
+        folder (`str` or `os.PathLike`): The model's folder.
+        title (`str`): First heading.
+        description (`str`): What the model is, in Markdown.
+        figures (`dict`): Measured on held-out subjects: name to value; those that are `None` are left out.
+        training (`dict`): Arguments and other facts of the training: name to value; those that are `None` are left out.
+        images (`dict[str, str]`, *optional*): Caption to file name inside `folder`.
+        tags (`Sequence[str]`, *optional*): Added to the common ones.
+        training_data (`str`, *optional*): What the model was trained on, in Markdown.
+        sections (`dict[str, str]`, *optional*): Heading to Markdown, after the tables.
+        widget (`dict[str, str]`, *optional*): Caption to file name inside `folder`: pictures that the Hub shows beside
+            the model.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): The Hub's name of the licence.
 
     Returns:
-        The file.
+        `Path`: The file.
     """
+    figures, training = (
+        {name: _plain(value) for name, value in rows.items() if value is not None} for rows in (figures, training)
+    )
+    sections = ({"Training data": training_data} if training_data else {}) | (sections or {})
     data = ModelCardData(
         license=license,
-        library_name=library_name,
+        library_name="diffusers",
         tags=["medical", "mri", "brain", "synthetic-data", *tags],
         widget=[{"text": text, "output": {"url": url}} for text, url in (widget or {}).items()] or None,
+        model_name=title,
+        eval_results=[
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type="held-out-subjects",
+                dataset_name="held-out subjects",
+                metric_type=name,
+                metric_name=name,
+                metric_value=value,
+            )
+            for name, value in figures.items()
+        ]
+        or None,
+        training_data=training_data,
+        training=training or None,
     )
-    tables = {"Figures on held-out subjects": ("figure", figures), "Training": ("setting", training)}
     card = ModelCard.from_template(
         data,
         template_str=CARD_TEMPLATE,
         title=title,
         description=description.strip(),
         images=images or {},
-        tables={
-            heading: (kind, {name: _show(value) for name, value in rows.items() if value is not None})
-            for heading, (kind, rows) in tables.items()
-        },
-        sections=sections or {},
+        tables=[("Figures on held-out subjects", "figure", figures), ("Training", "setting", training)],
+        sections=sections,
+        widget=widget,
+        show=_show,
     )
-    path, temporary = Path(folder) / "README.md", Path(folder) / ".README.md.tmp"
-    temporary.write_text(str(card), encoding="utf-8")
-    temporary.replace(path)
+    path = Path(folder) / "README.md"
+    write_text(path, str(card))
     return path
 
 
-def _show(value: Any) -> str:
+def read_card_data(folder: str | os.PathLike) -> CardData:
+    """Read the metadata of a folder's model card, without entries if it has none.
+
+    Returns:
+        `CardData`: Beside the Hub's own entries, from [`write_model_card`]: `training_data` (`str`) and `training`
+            (`dict`).
+
+    Raises:
+        ValueError: If the YAML at the top of `README.md` is broken.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        return CardData()
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data
+    except (ValueError, YAMLError) as error:
+        raise ValueError(
+            f"{path}: the YAML at its top cannot be read ({error}); correct it, or delete the file."
+        ) from error
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    """A value that YAML can hold; numbers of NumPy and PyTorch become Python's."""
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def _show(value: bool | int | float | str) -> str:
+    """A value as the card's tables show it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def write_pretrained(save: Callable[[Path], Any], folder: str | os.PathLike) -> None:
+    """Write a model under a temporary name first, then move its files into `folder`.
+
+        write_pretrained(pipeline.save_pretrained, "outputs/mine")
+
+    Args:
+        save (`Callable`): Writes a `save_pretrained` folder; called with a temporary folder.
+        folder (`str` or `os.PathLike`): The final place, made if it is missing. Other files there (checkpoints, logs)
+            stay.
+
+    Raises:
+        OSError: If `folder` cannot be written or the disk is full; an earlier model in `folder` is then unchanged.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+            save(Path(temporary))
+            for path in Path(temporary).rglob("config.json"):
+                config = json.loads(path.read_text(encoding="utf-8"))
+                # diffusers notes the folder that a component came from; others should not see it.
+                if config.pop("_name_or_path", None) is not None:
+                    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+            for entry in sorted(Path(temporary).iterdir()):
+                target = folder / entry.name
+                if entry.is_dir() and target.is_dir():
+                    shutil.rmtree(target)
+                entry.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write the model to {folder}: {error}") from error
 
 
 def push_folder(
@@ -121,26 +208,26 @@ def push_folder(
     token: str | None = None,
     commit_message: str = "Upload",
 ) -> str:
-    """Upload a folder to the Hub in one commit: all of it arrives, or the repository stays as it was.
+    """Upload a folder to the Hub in one commit: if it fails, the repository stays as it was.
 
-    The repository and the branch are made where they do not exist. Weights and data shards that are there and not in
-    `folder` are deleted in the same commit, as a reader would take old ones for part of the new.
+    The repository and the branch are created if they do not exist. Weights and data shards that are in the repository but
+    not in `folder` are deleted in the same commit, because a reader would take them for part of the new ones.
 
     Args:
-        folder: to upload; what is in `PRIVATE_NAMES` stays here.
-        repo_id: "owner/name", or "name" for your own.
-        repo_type: "model" or "dataset".
-        revision: branch, by default "main".
-        private: make the new repository private.
-        token: with write access; by default the one you logged in with.
-        commit_message: of the commit.
+        folder (`str` or `os.PathLike`): Folder to upload, without what `PRIVATE_NAMES` lists.
+        repo_id (`str`): "owner/name", or "name" for your own.
+        repo_type (`str`, *optional*, defaults to `"model"`): `"model"` or `"dataset"`.
+        revision (`str`, *optional*): Branch, by default "main".
+        private (`bool`, *optional*, defaults to `False`): Create a private repository.
+        token (`str`, *optional*): With write access; by default the one you logged in with.
+        commit_message (`str`, *optional*): Message of the commit.
 
     Returns:
-        The address of the commit.
+        `str`: The address of the commit.
 
     Raises:
-        ValueError: if `private` is asked for and the repository is there and public.
-        OSError: if the upload failed.
+        ValueError: If `private` is asked for and the repository exists and is public.
+        OSError: If the upload failed.
     """
     api, made_branch = HfApi(token=token), False
     try:

@@ -232,6 +232,7 @@ class DLDMPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         structure: torch.Tensor | None = None,
         styles: torch.Tensor | None = None,
+        batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["DLDMPipeline", int, int, dict[str, Any]], dict[str, Any]] | None = None,
@@ -240,9 +241,9 @@ class DLDMPipeline(DiffusionPipeline):
         r"""
         The call function to the pipeline for generation.
 
-        A seed fixes a subject: its structure and its image in one modality do not depend, to the bit, on the other
-        modalities asked for, their order, the number of subjects, or the output type. (On one machine, for one number
-        of threads and of steps.)
+        A seed fixes a subject: its structure and its image in one modality do not depend on the other modalities asked for,
+        their order, the number of subjects, `batch_size`, or the output type. (To 1e-4, on one machine and for one number of
+        steps; at the rim of foreground or tumour a pixel within this of the threshold can change sides.)
 
         Args:
             num_subjects (`int`, *optional*, defaults to 1):
@@ -270,6 +271,9 @@ class DLDMPipeline(DiffusionPipeline):
                 autoencoder's `encode`.
             styles (`torch.Tensor`, *optional*):
                 (S or 1, M, c_t), appearances to use instead of new ones, in the order of `modalities`.
+            batch_size (`int`, *optional*):
+                Subjects that the networks see at a time, by default 8 on a CPU and 64 on other devices. It changes the time
+                and the memory that a call takes, and the result by rounding only.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 "pil", "np", "pt", or "latent" for no decoding (`images` and `masks` are then `None`).
             return_dict (`bool`, *optional*, defaults to `True`):
@@ -317,6 +321,7 @@ class DLDMPipeline(DiffusionPipeline):
             generator,
             structure,
             styles,
+            batch_size,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
@@ -326,6 +331,7 @@ class DLDMPipeline(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         self._num_timesteps = 0
         options = {
+            "batch_size": batch_size,
             "eta": eta,
             "callback": callback_on_step_end,
             "callback_inputs": callback_on_step_end_tensor_inputs,
@@ -334,10 +340,7 @@ class DLDMPipeline(DiffusionPipeline):
         # 1. The structure, always as one half of a pair under label 0, so that it does not depend on what is asked for.
         steps_done = 0
         if structure is None:
-            z_struct, _ = self._denoise(
-                [0] * num_subjects, len(known), [seed[0] for seed in seeds], num_inference_steps, **options
-            )
-            structure = self.autoencoder.denormalize_structure(z_struct)
+            structure = self._draw_structures(num_subjects, num_inference_steps, seeds=seeds, **options)
             steps_done = self.num_timesteps
         structure = structure.to(device, torch.float32).expand(num_subjects, -1, -1, -1)
 
@@ -349,7 +352,7 @@ class DLDMPipeline(DiffusionPipeline):
         styles = styles.to(device, torch.float32).expand(num_subjects, *styles.shape[1:])
 
         # 3. The images and masks.
-        images, masks = self._render(structure, styles, wanted, seeds, noise_scale, output_type)
+        images, masks = self._render(structure, styles, wanted, seeds, noise_scale, output_type, batch_size)
 
         # Offload all models
         self.maybe_free_model_hooks()
@@ -370,6 +373,7 @@ class DLDMPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None,
         structure: torch.Tensor | None,
         styles: torch.Tensor | None,
+        batch_size: int | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
@@ -378,6 +382,7 @@ class DLDMPipeline(DiffusionPipeline):
             ("num_subjects", num_subjects),
             ("num_inference_steps", num_inference_steps),
             ("num_style_inference_steps", num_style_inference_steps),
+            ("batch_size", 1 if batch_size is None else batch_size),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
@@ -433,81 +438,147 @@ class DLDMPipeline(DiffusionPipeline):
             for g in generators
         ]
 
-    def _draw_styles(
-        self, structure: torch.Tensor, wanted: list[int], seeds: list[list[int]], num_inference_steps: int, **options
+    @torch.no_grad()
+    def _draw_structures(
+        self,
+        num_subjects: int,
+        num_inference_steps: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        start: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        strength: float = 1.0,
+        batch_size: int | None = None,
+        seeds: list[list[int]] | None = None,
+        **options,
     ) -> torch.Tensor:
-        """Draws the styles (S, M, ...) of the modalities `wanted` given a structure (S, c_s, h, w), both in the
+        """Draws structures alone, without styles and without decoding; `__call__` does so, and the decoder's training.
+
+        New structures are one half of a pair under label 0. With `start`, given pairs are noised and denoised under their own
+        labels, as in image-to-image pipelines: only the last `strength * num_inference_steps` steps are run, and the noise
+        is that of the first of them.
+
+        Args:
+            num_subjects: S.
+            generator: as in `__call__`; not used if `seeds` are given.
+            start: structures (S, c_s, h, w), a style (S, c_t) of each, both on the autoencoder's scale, and its modality (S,).
+            strength: in (0, 1]; small values return nearly the given structures, and 1 ignores them on a schedule with zero
+                terminal SNR. Not used without `start`.
+            batch_size: as in `__call__`.
+            seeds: from `_draw_seeds`.
+            options: `eta`, `callback` and `callback_inputs` of `_denoise`. The guidance is that of the last call, 1 at first.
+
+        Returns:
+            (S, c_s, h, w) float32, on the autoencoder's scale.
+        """
+        device, config = self._execution_device, self.autoencoder.config
+        seeds = self._draw_seeds(num_subjects, generator) if seeds is None else seeds
+        labels = torch.zeros(num_subjects, dtype=torch.long, device=device)
+        if start is not None:
+            structure, style, labels = (tensor.to(device) for tensor in start)
+            structure = self.autoencoder.normalize_structure(structure.float()).flatten(1)
+            style = self.autoencoder.normalize_style(style.float()[:, None])[:, 0]
+            start = torch.cat([structure, style], dim=1)
+        state = self._denoise(
+            labels,
+            len(config.modalities),
+            [seed[0] for seed in seeds],
+            num_inference_steps,
+            self._batch_size(batch_size),
+            start=start,
+            strength=strength,
+            **options,
+        )
+        structure = state[:, : -config.style_channels]
+        return self.autoencoder.denormalize_structure(
+            structure.unflatten(1, (config.structure_channels, *[self.autoencoder.latent_size] * 2))
+        )
+
+    def _draw_styles(
+        self,
+        structure: torch.Tensor,
+        wanted: list[int],
+        seeds: list[list[int]],
+        num_inference_steps: int,
+        batch_size: int | None = None,
+        **options,
+    ) -> torch.Tensor:
+        """Draws the styles (S, M, c_t) of the modalities `wanted` given a structure (S, c_s, h, w), both in the
         autoencoder's own scale; `options` go to `_denoise`, which gets S * M rows, subject by subject."""
         n = len(self.autoencoder.config.modalities)
-        _, z_style = self._denoise(
-            [n + 1 + m for _ in seeds for m in wanted],
+        state = self._denoise(
+            torch.tensor([n + 1 + m for _ in seeds for m in wanted], device=structure.device),
             2 * n + 1,
             [seed[1 + m] for seed in seeds for m in wanted],
             num_inference_steps,
+            self._batch_size(batch_size) * len(wanted),
             z_struct=self.autoencoder.normalize_structure(structure).repeat_interleave(len(wanted), dim=0),
             **options,
         )
-        return self.autoencoder.denormalize_style(z_style.unflatten(0, (len(seeds), len(wanted))))
+        return self.autoencoder.denormalize_style(state.unflatten(0, (len(seeds), len(wanted))))
+
+    def _batch_size(self, batch_size: int | None) -> int:
+        return batch_size or (8 if self._execution_device.type == "cpu" else 64)
 
     def _denoise(
         self,
-        labels: list[int],
+        labels: torch.Tensor,
         null_label: int,
         seeds: list[int],
         num_inference_steps: int,
-        eta: float = 0.0,
+        batch_rows: int,
         z_struct: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+        strength: float = 1.0,
+        eta: float = 0.0,
         first_step: int = 0,
         callback: Callable | None = None,
         callback_inputs: Sequence[str] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws (z_struct, z_style) of each row, or z_style alone where a clean `z_struct` is given; normalised scale.
+    ) -> torch.Tensor:
+        """Draws the pair (z_struct, z_style) of each row, or z_style alone where a clean `z_struct` is given.
 
         Args:
-            labels: R class labels; `null_label` is the one that stands for no label.
+            labels: (R,) class labels; `null_label` is the one that stands for no label.
             seeds: R seeds, one for all the noise of a row.
-            z_struct: (R, c_s, h, w) or `None`.
+            batch_rows: rows of one call of the denoiser.
+            z_struct: (R, c_s, h, w) on the normalised scale, or `None`.
+            start: clean rows as they are returned, to begin from with the noise that `strength` says; `None` for pure noise.
 
         Returns:
-            (R, c_s, h, w) and (R, c_t), float32.
+            Structure and style of each row, flat and normalised: (R, c_s * h * w + c_t), or (R, c_t) with `z_struct`.
         """
-        device = self._execution_device
-        c_s, grid = self.autoencoder.config.structure_channels, self.autoencoder.latent_size
-        structure_size = c_s * grid * grid if z_struct is None else 0
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_options = {k: v for k, v in (("eta", eta), ("generator", generators)) if k in accepted}
+        device, config, grid = self._execution_device, self.autoencoder.config, self.autoencoder.latent_size
+        drawn = config.structure_channels if z_struct is None else 0  # channels of the structure that are drawn
 
-        # What is drawn lies flat in one row of the state: schedulers work number by number, and so a style vector gets one
-        # noise even from those that add noise at each step.
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        shape = (len(labels), structure_size + self.autoencoder.config.style_channels)
-        state = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-        state = state * self.scheduler.init_noise_sigma
-
+        # Schedulers work number by number. In a flat state a style is c_t numbers, and gets one noise even from those
+        # schedulers that add noise at each step.
         def to_map(state):
-            style = state[:, structure_size:, None, None].expand(-1, -1, grid, grid)
-            structure = state[:, :structure_size].unflatten(1, (c_s, grid, grid)) if z_struct is None else z_struct
-            return torch.cat([structure, style], dim=1)
+            structure, style = state.split([drawn * grid**2, config.style_channels], dim=1)
+            structure = structure.unflatten(1, (drawn, grid, grid)) if z_struct is None else z_struct
+            return torch.cat([structure, style[:, :, None, None].expand(-1, -1, grid, grid)], dim=1)
 
         def to_state(latents):
-            style = latents[:, c_s:].mean(dim=(2, 3))
-            return style if z_struct is not None else torch.cat([latents[:, :c_s].flatten(1), style], dim=1)
-
-        # The result of a network on one row changes in the last bits with the number of rows in the call (measured: oneDNN
-        # picks another kernel), though not with the place or the neighbours. So every call has the same number of rows.
-        rows = 4 if device.type == "cpu" else 16
-        labels = torch.tensor(labels, device=device)
+            style = latents[:, config.structure_channels :].mean(dim=(2, 3))
+            return torch.cat([latents[:, :drawn].flatten(1), style], dim=1)
 
         def predict(latents, t, labels):
-            predictions = []
-            for start in range(0, len(latents), rows):
-                at = torch.arange(start, start + rows, device=device).clamp(max=len(latents) - 1)
-                sample = self.unet(latents[at].to(self.unet.dtype), t, class_labels=labels[at]).sample.float()
-                predictions.append(to_state(sample)[: len(latents) - start])
-            return torch.cat(predictions)
+            batches = zip(latents.to(self.unet.dtype).split(batch_rows), labels.split(batch_rows), strict=True)
+            return torch.cat([to_state(self.unet(x, t, class_labels=y).sample.float()) for x, y in batches])
 
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (len(seeds), drawn * grid**2 + config.style_channels)
+        state = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+        if start is None:
+            state = state * self.scheduler.init_noise_sigma
+        else:
+            skipped = (num_inference_steps - max(round(strength * num_inference_steps), 1)) * self.scheduler.order
+            timesteps = timesteps[skipped:]
+            if hasattr(self.scheduler, "set_begin_index"):
+                self.scheduler.set_begin_index(skipped)
+            state = self.scheduler.add_noise(start, state, timesteps[:1].expand(len(state)))
+
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_options = {k: v for k, v in (("eta", eta), ("generator", generators)) if k in accepted}
         self._num_timesteps = first_step + len(timesteps)
         progress_bar = self.progress_bar(timesteps)
         progress_bar.set_description("structure" if z_struct is None else "styles")
@@ -523,9 +594,7 @@ class DLDMPipeline(DiffusionPipeline):
                 given = {"latents": latents} if "latents" in callback_inputs else {}
                 returned = (callback(self, first_step + i, t, given) or {}).get("latents", latents)
                 state = state if returned is latents else to_state(returned)
-
-        structure, style = state[:, :structure_size], state[:, structure_size:]
-        return (structure.unflatten(1, (c_s, grid, grid)) if z_struct is None else z_struct), style
+        return state
 
     def _render(
         self,
@@ -535,12 +604,27 @@ class DLDMPipeline(DiffusionPipeline):
         seeds: list[list[int]],
         noise_scale: float,
         output_type: str,
+        batch_size: int | None,
     ) -> tuple:
         """The images and masks of a `DLDMPipelineOutput`."""
         if output_type == "latent":
             return None, None
-        noise_seeds = [[seed[1 + len(self.autoencoder.config.modalities) + m] for m in wanted] for seed in seeds]
-        images, masks = self._decode(structure, styles, wanted, noise_seeds, noise_scale)
+        config, dtype, rows = self.autoencoder.config, self.autoencoder.dtype, self._batch_size(batch_size)
+        images, masks = [], []
+        for first in range(0, len(seeds), rows):
+            part = slice(first, first + rows)
+            decoded = self.autoencoder.decode(structure[part].to(dtype), styles[part].to(dtype))
+            image, foreground = decoded.sample.float(), decoded.foreground > 0
+            if noise_scale and config.noise_level is not None:
+                noise_seeds = [seed[1 + len(config.modalities) + m] for seed in seeds[part] for m in wanted]
+                generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
+                shape = (len(generators), *image.shape[2:])
+                noise = randn_tensor(shape, generators, image.device, torch.float32).view_as(image)
+                level = noise_scale * torch.tensor([config.noise_level[m] for m in wanted], device=image.device)
+                image = image + level[:, None, None] * noise
+            images.append(torch.where(foreground[:, None], image, 0).clamp(0, 1))
+            masks.append((decoded.mask > 0) & foreground)
+        images, masks = torch.cat(images), torch.cat(masks)
         if output_type == "pt":
             return images, masks
         images, masks = images.cpu().numpy(), masks.cpu().numpy()
@@ -551,31 +635,6 @@ class DLDMPipeline(DiffusionPipeline):
             [[PIL.Image.fromarray(image) for image in subject] for subject in grey],
             [PIL.Image.fromarray(mask) for mask in masks.astype(np.uint8) * 255],
         )
-
-    def _decode(
-        self,
-        structure: torch.Tensor,
-        styles: torch.Tensor,
-        wanted: list[int],
-        noise_seeds: list[list[int]],
-        noise_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # One subject a call and each style in its modality's own place, so that an image does not depend on the others.
-        images, masks = [], []
-        dtype, config = self.autoencoder.dtype, self.autoencoder.config
-        for z_struct, z_style, seeds in zip(structure, styles, noise_seeds, strict=True):
-            places = z_style.new_zeros(len(config.modalities), *z_style.shape[1:])
-            places[wanted] = z_style
-            decoded = self.autoencoder.decode(z_struct[None].clone().to(dtype), places[None].to(dtype))
-            image, foreground = decoded.sample[0, wanted].float(), decoded.foreground[0] > 0
-            if noise_scale and config.noise_level is not None:
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                noise = randn_tensor((len(seeds), *image.shape[1:]), generators, image.device, torch.float32)
-                level = noise_scale * torch.tensor([config.noise_level[m] for m in wanted], device=image.device)
-                image = image + level[:, None, None] * noise
-            images.append(torch.where(foreground, image, 0).clamp(0, 1))
-            masks.append((decoded.mask[0] > 0) & foreground)
-        return torch.stack(images), torch.stack(masks)
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:

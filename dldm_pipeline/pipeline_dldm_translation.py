@@ -54,6 +54,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
         eta: float = 0.0,
         noise_scale: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DLDMPipeline, int, int, dict[str, Any]], dict[str, Any]] | None = None,
@@ -62,9 +63,8 @@ class DLDMTranslationPipeline(DLDMPipeline):
         r"""
         The call function to the pipeline for translation.
 
-        A subject's images and seed fix what it gets in a modality: to the bit, that does not depend on the other
-        modalities asked for, their order, the other subjects, or the output type. (On one machine, for one number of
-        threads and of steps.)
+        A subject's images and seed fix what it gets in a modality: that does not depend on the other modalities asked for,
+        their order, the other subjects, `batch_size`, or the output type (to the same accuracy as in [`DLDMPipeline`]).
 
         Args:
             images (`dict`):
@@ -92,6 +92,8 @@ class DLDMTranslationPipeline(DLDMPipeline):
             generator (`torch.Generator` or a list of them, *optional*):
                 One, or one a subject; used as in [`DLDMPipeline`], so that the same generator and structure give the same
                 images there and here.
+            batch_size (`int`, *optional*):
+                Subjects that the networks see at a time, as in [`DLDMPipeline`].
             output_type (`str`, *optional*, defaults to `"pil"`):
                 "pil", "np", "pt", or "latent" for no decoding (`images` and `masks` are then `None`).
             return_dict (`bool`, *optional*, defaults to `True`):
@@ -150,6 +152,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
             generator=generator,
             structure=None,
             styles=styles,
+            batch_size=batch_size,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
@@ -167,13 +170,13 @@ class DLDMTranslationPipeline(DLDMPipeline):
         self._num_timesteps = 0
 
         # 1. The structure, and the styles of what is there.
-        structure, encoded = self._encode(given)
+        structure, encoded = self._encode(given, batch_size)
 
         # 2. The styles wanted: a reference's, the subject's own, or drawn given the structure.
         if styles is None:
             if references:
                 borrowed = [known.index(name) for name in references]
-                encoded[:, borrowed] = self._encode(references)[1][:, borrowed]
+                encoded[:, borrowed] = self._encode(references, batch_size)[1][:, borrowed]
             missing = [m for m in wanted if known[m] not in {**given, **references}]
             if missing:
                 encoded[:, missing] = self._draw_styles(
@@ -181,6 +184,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
                     missing,
                     seeds,
                     num_inference_steps,
+                    batch_size=batch_size,
                     eta=eta,
                     callback=callback_on_step_end,
                     callback_inputs=callback_on_step_end_tensor_inputs,
@@ -189,7 +193,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
         styles = styles.to(structure).expand(num_subjects, *styles.shape[1:])
 
         # 3. The images and masks.
-        rendered, masks = self._render(structure, styles, wanted, seeds, noise_scale, output_type)
+        rendered, masks = self._render(structure, styles, wanted, seeds, noise_scale, output_type, batch_size)
 
         # Offload all models
         self.maybe_free_model_hooks()
@@ -216,16 +220,16 @@ class DLDMTranslationPipeline(DLDMPipeline):
             raise ValueError(f"`{argument}` must show the same subjects in each modality, got {counts} of them.")
         return read
 
-    def _encode(self, images: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(S, c_s, h, w) and (S, n, ...) float32; the styles of modalities that are not in `images` mean nothing."""
-        # One subject a call, as in `_decode`, so that it does not depend on the others.
-        device, known = self._execution_device, list(self.autoencoder.config.modalities)
-        present = torch.tensor([[name in images for name in known]], device=device)
+    def _encode(self, images: dict[str, torch.Tensor], batch_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(S, c_s, h, w) and (S, n, c_t) float32; the styles of modalities that are not in `images` mean nothing."""
+        known = self.autoencoder.config.modalities
+        blank = torch.zeros_like(next(iter(images.values())))
+        subjects = torch.stack([images.get(name, blank) for name in known], dim=1)
+        subjects = subjects.to(self._execution_device, self.autoencoder.dtype)
+        present = torch.tensor([name in images for name in known], device=subjects.device)
         structures, styles = [], []
-        for k in range(len(next(iter(images.values())))):
-            blank = torch.zeros_like(next(iter(images.values()))[k])
-            subject = torch.stack([images[name][k] if name in images else blank for name in known])
-            posterior = self.autoencoder.encode(subject[None].to(device, self.autoencoder.dtype), present)
+        for part in subjects.split(self._batch_size(batch_size)):
+            posterior = self.autoencoder.encode(part, present.expand(len(part), -1))
             structures.append(posterior.structure_dist.mode().float())
             styles.append(posterior.style_dist.mode().float())
         return torch.cat(structures), torch.cat(styles)

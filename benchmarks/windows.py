@@ -12,7 +12,8 @@ import numpy as np
 
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.phantom import simulate_subject
-from dldm_pipeline.data.volumes import find_scans, read_scans
+from dldm_pipeline.data.scans import find_scans
+from dldm_pipeline.data.volumes import read_scans
 from dldm_pipeline.modalities import CANONICAL_MODALITIES
 
 PERCENTILES = (5, 50, 95, 98, 99.8)

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from dldm_pipeline import DLDMPipeline, DLDMTranslationPipeline
 from dldm_pipeline.cli import add_pipeline_arguments, exit_on_user_error, find_pipeline
 from dldm_pipeline.data.export import FIELD_OF_VIEW, NOTICE, TRANSLATION_NOTICE, export_subjects
+from dldm_pipeline.data.scans import Scan
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.data.volumes import Scan, read_scan
+from dldm_pipeline.data.volumes import read_scan
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
 INTRODUCTION = """# Multi-modal brain-tumour MRI from a disentangled latent diffusion model

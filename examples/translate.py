@@ -4,14 +4,14 @@
     python examples/translate.py SUBJECT_FOLDER --pipeline P --output OUT       # what SUBJECT_FOLDER lacks of P's modalities
     python examples/translate.py SUBJECT_FOLDER --pipeline P --given T1 FLAIR   # only from these; real ones shown beside
 
-SUBJECT_FOLDER holds one subject, a NIfTI file or a folder of DICOM files for each sequence, aligned; names as in BraTS, BIDS
-and many others are understood. Its slices with tumour are translated, or, where there is no mask, all that show the brain.
-Take a pipeline that was trained on scans like these: the one in the package knows simulated contrasts only.
+SUBJECT_FOLDER holds one subject: for each sequence a NIfTI file or a folder of DICOM files, all aligned. Names as in BraTS,
+BIDS and many others are understood. Slices with tumour are translated; without a mask, all slices that show the brain.
+Use a pipeline that was trained on scans like these: the one in the package knows simulated contrasts only.
 
-The output folder then holds sheet.png to look at, given | filled in (| real), a folder each slice with 16-bit PNG and
-NIfTI files of what was filled in and of the mask, and manifest.json, which says from what and how. Slices are cut to the
-brain and resized to what the pipeline knows, and so are these files: they do not lie in the space of the scan. Every slice
-is drawn from the same seed, so that slices of one scan look alike. All of it is synthetic and not for diagnosis.
+The output folder gets sheet.png with given | filled in (| real), a folder for each slice with 16-bit PNG and NIfTI files of
+the filled-in images and of the mask, and manifest.json with sources and settings. Slices are cropped to the brain and resized
+for the pipeline; the files are not in the space of the scan. All slices use the same seed, so that slices of one scan look
+alike. All images are synthetic and not for diagnosis.
 """
 
 import argparse
@@ -22,15 +22,14 @@ import numpy as np
 import torch
 
 from dldm_pipeline import DLDMTranslationPipeline
-from dldm_pipeline.cli import add_example_arguments, exit_on_user_error, find_pipeline
-from dldm_pipeline.data.export import SHEET_SUBJECTS, TRANSLATION_NOTICE, check_export_folder, export_subjects
+from dldm_pipeline.cli import add_sampling_arguments, exit_on_user_error, find_pipeline, save_subjects
+from dldm_pipeline.data.export import SHEET_SUBJECTS, TRANSLATION_NOTICE, check_export_folder
 from dldm_pipeline.data.phantom import SEQUENCES, phantom_rows
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.volumes import find_scans, read_scans
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
-# A seed of their own, so that no training run has seen them.
-NUM_PHANTOMS, PHANTOM_SEED = 2, 977_002
+NUM_PHANTOMS, PHANTOM_SEED = 2, 977_002  # no training run has seen subjects of this seed
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,21 +41,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--given",
         nargs="+",
         metavar="NAME",
-        help="sequences to use (default: all there are; of simulated subjects every second one)",
+        help="sequences to use (default: all in the folder; every second one of simulated subjects)",
     )
-    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which to draw (default: those not given)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other appearances (default: %(default)s)")
-    parser.add_argument("--num_inference_steps", type=int, default=10, help="denoising steps (default: %(default)s)")
-    add_example_arguments(parser, "outputs/translated")
+    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which to fill in (default: those not given)")
+    add_sampling_arguments(parser, "outputs/translated")
     return parser.parse_args(argv)
 
 
 def read_subject(folder: Path, modalities: list[str], image_size: int) -> list[dict]:
-    """The rows of the one scan in a folder, see `read_scan`; what was done to it is printed."""
-    try:
-        scans = find_scans(folder)
-    except ImportError as error:  # pydicom is an extra
-        raise ValueError(str(error)) from error
+    """The rows of the one scan in a folder, see `read_scan`; prints what was done to it."""
+    scans = find_scans(folder)
     scans = [scan for scan in scans if not scan.problem] or scans
     if len(scans) > 1:
         raise ValueError(f"{folder} holds {len(scans)} subjects, {scans[0].source} and others; give the folder of one.")
@@ -68,21 +62,16 @@ def read_subject(folder: Path, modalities: list[str], image_size: int) -> list[d
     return rows
 
 
-def draw_sheet(rows: list[dict], given: list[str], output: DLDMPipelineOutput, path: Path) -> None:
-    """What was given, what was filled in, and the real image of that where there is one; the mask drawn on the first."""
+def save_sheet(rows: list[dict], given: list[str], output: DLDMPipelineOutput, path: Path) -> None:
+    """A row for each slice: given images, filled-in images, each beside the real one if there is one, and the mask."""
     shown = np.unique(np.linspace(0, len(rows) - 1, SHEET_SUBJECTS).round().astype(int))
-    columns = {f"{name} given": [rows[k][name] for k in shown] for name in given}
+    columns = {f"{name} given": [row[name] for row in rows] for name in given}
     for name, images in output.by_modality.items():
-        columns[f"{name} filled in"] = images[shown]
+        columns[f"{name} filled in"] = images
         if rows[0][name] is not None:
-            columns[f"{name} real"] = [rows[k][name] for k in shown]
-    contact_sheet(
-        np.stack([np.stack(column) for column in columns.values()], axis=1),
-        output.masks[shown],
-        list(columns),
-        [f"synthetic-{k:04d}" for k in shown],
-        path,
-    )
+            columns[f"{name} real"] = [row[name] for row in rows]
+    images = [[column[k] for column in columns.values()] for k in shown]
+    contact_sheet(images, output.masks[shown], list(columns), [f"synthetic-{k:04d}" for k in shown], path)
 
 
 @exit_on_user_error()
@@ -93,18 +82,18 @@ def main(argv: list[str] | None = None) -> None:
     folder = find_pipeline(args.pipeline)
     pipeline = DLDMTranslationPipeline.from_pretrained(folder).to(args.device)
     known, size = list(pipeline.autoencoder.config.modalities), pipeline.autoencoder.config.sample_size
-    if args.subject_folder is None:
-        if not set(known) <= set(SEQUENCES):
-            raise ValueError(f"subjects with {', '.join(known)} cannot be simulated; give SUBJECT_FOLDER.")
+    if args.subject_folder is not None:
+        rows = read_subject(args.subject_folder, known, size)
+    elif set(known) <= set(SEQUENCES):
         rows = list(phantom_rows(NUM_PHANTOMS, size, PHANTOM_SEED, known))
     else:
-        rows = read_subject(args.subject_folder, known, size)
-    has = [name for name in known if rows[0][name] is not None]
-    given = args.given or (has[::2] if args.subject_folder is None else has)
-    absent = [name for name in given if name not in has]
+        raise ValueError(f"subjects with {', '.join(known)} cannot be simulated; give SUBJECT_FOLDER.")
+    present = [name for name in known if rows[0][name] is not None]
+    given = args.given or (present[::2] if args.subject_folder is None else present)
+    absent = [name for name in given if name not in present]
     if absent:
         raise ValueError(
-            f"--given {' '.join(absent)}: not there; the pipeline knows and the subject has {' '.join(has)}."
+            f"--given {' '.join(absent)}: not there; the pipeline knows and the subject has {' '.join(present)}."
         )
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     output = pipeline(
@@ -114,24 +103,17 @@ def main(argv: list[str] | None = None) -> None:
         output_type="np",
         **settings,
     )
+    sources = [f"{row['subject']}, slice {row['slice_index']}" for row in rows]
     spacings = {row["pixel_spacing"] for row in rows}
-    export_subjects(
+    save_subjects(
         output,
-        args.output,
-        seed=args.seed,
-        settings={
-            **settings,
-            "given": given,
-            "sources": [f"{row['subject']}, slice {row['slice_index']}" for row in rows],
-            "device": args.device,
-            "num_threads": torch.get_num_threads(),
-        },
-        checkpoint=folder,
+        args,
+        folder,
+        {**settings, "given": given, "sources": sources},
         pixel_spacing=spacings.pop() if len(spacings) == 1 else None,
-        overwrite=args.overwrite,
         notice=TRANSLATION_NOTICE,
     )
-    draw_sheet(rows, given, output, args.output / "sheet.png")
+    save_sheet(rows, given, output, args.output / "sheet.png")
     seconds = time.perf_counter() - started
     print(f"{len(rows)} slices: {', '.join(output.modalities)} and masks from {', '.join(given)} in {seconds:.0f} s")
     print(f"look at {args.output / 'sheet.png'}")

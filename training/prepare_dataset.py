@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.phantom import phantom_rows
+from dldm_pipeline.data.scans import Scan, find_scans
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import write_slices
-from dldm_pipeline.data.volumes import Scan, ScanReport, find_scans, read_scans
+from dldm_pipeline.data.volumes import ScanReport, read_scans
 from dldm_pipeline.modalities import CANONICAL_MODALITIES, DEFAULT_MODALITIES, MASK, check_modalities
 
 SHEET_SUBJECTS = 10

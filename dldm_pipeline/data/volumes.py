@@ -1,20 +1,18 @@
-"""Real scans into aligned slices: NIfTI files and DICOM series, one folder per subject, no file renamed.
+"""Reads volumes into aligned slices.
 
-    scans = find_scans("SCANS")
-    for scan in scans:
+    for scan in find_scans("SCANS"):
         rows, notes = read_scan(scan, ["T1", "T1CE", "T2", "FLAIR"], image_size=128)
 
 What happens to a scan, in this order:
 
-1. Its files are told apart by their names, see `dldm_pipeline.modalities.find_modality`.
-2. All volumes come to one grid. A volume whose shape or affine differs from the others' is resampled, with a note that
-   names the file, or refused if `strict`.
-3. The axes are turned to the closest canonical orientation (right, anterior, superior).
-4. The brain is what differs from the background. Volumes are expected to be skull-stripped, where the background is one
+1. The axes are turned to the closest canonical orientation (right, anterior, superior).
+2. All volumes come to one voxel grid. A volume whose shape or affine differs from the others' is resampled, with a note
+   that names the file, or refused if `strict`.
+3. The brain is what differs from the background. Volumes are expected to be skull-stripped, where the background is one
    constant value; otherwise the head is taken for the brain.
-5. Each volume is mapped to [0, 1] by one window: percentiles 0.5 and 99.8 of its own brain voxels, never per slice.
-6. Slices with tumour are kept; without a mask, those with at least 30 % of the largest slice's brain area.
-7. One square box per subject is cut around the brain and resized with anti-aliasing, the mask with nearest neighbour.
+4. Each volume is mapped to [0, 1] by one window: percentiles 0.5 and 99.8 of its own brain voxels, never per slice.
+5. Slices with tumour are kept; without a mask, those with at least 30 % of the largest slice's brain area.
+6. One square box per subject is cut around the brain and resized with anti-aliasing, the mask with nearest neighbour.
 
 **Display convention.** Slices are axial and lie as radiologists look at them, from the feet: row 0 is anterior (the
 nose is up), column 0 is the patient's right. `slice_index` counts from inferior to superior.
@@ -22,10 +20,9 @@ nose is up), column 0 is the patient's right. `slice_index` counts from inferior
 
 import collections
 import dataclasses
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +34,16 @@ from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 from scipy import ndimage
 
-from dldm_pipeline.modalities import CANONICAL_MODALITIES, MASK, check_modalities, find_modality
+from dldm_pipeline.data.scans import DICOM_SUFFIXES, Scan, import_pydicom
+from dldm_pipeline.modalities import MASK, check_modalities
 
 WINDOW = (0.5, 99.8)  # percentiles of the brain voxels that become 0 and 1
 MIN_BRAIN_AREA = 0.3  # of the largest slice's: below are the vertex and the brain stem
 MIN_TUMOUR_PIXELS = 4  # after resizing; less is no label to learn from
 BOX_MARGIN = 1.04  # side of the box over the brain's longest extent
-_NIFTI = (".nii", ".nii.gz")
-_DICOM = (".dcm", ".ima")
 _GRID_TOLERANCE = 1e-2  # mm and mm per voxel: publishers round affines
-_GENERIC_FOLDERS = ("anat", "nifti", "nii", "dicom")
 # What nibabel, gzip, pydicom and highdicom raise on a file that is damaged.
 _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zlib.error, ImageFileError, HeaderDataError)
-
-
-@dataclasses.dataclass
-class Scan:
-    """The files of one subject at one time.
-
-    Attributes:
-        subject (`str`): Who it is; what the split goes by. Two sessions of one person have the same subject.
-        source (`str`): The folder, relative to the root that was searched.
-        files (`dict[str, Path]`): For each modality found, and `"mask"`, its NIfTI file or the folder of its DICOM
-            series.
-        series (`dict[str, str]`): For each modality that is a DICOM series, its SeriesInstanceUID.
-        problem (`str`, *optional*): Why this scan cannot be used, if it is known from the names alone.
-    """
-
-    subject: str
-    source: str
-    files: dict[str, Path] = dataclasses.field(default_factory=dict)
-    series: dict[str, str] = dataclasses.field(default_factory=dict)
-    problem: str | None = None
 
 
 @dataclasses.dataclass
@@ -90,159 +65,6 @@ class ScanReport:
     slices: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
     left_out: str | None = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding the files
-
-
-def find_scans(root: str | os.PathLike) -> list[Scan]:
-    """Find every subject's files below a folder.
-
-    A folder that holds images with known names is one scan. It may be `root` itself, lie below it at any depth, or be a
-    BIDS folder (`sub-01/ses-01/anat`, with lesion masks under `derivatives` too). A sub-folder with one image that is
-    named like a modality counts to its parent (`patient/T1/image.nii`), and so do DICOM series of one study
-    (`patient/series1/*.dcm`, `patient/series2/*.dcm`), which are told apart by their SeriesDescription.
-
-    Sessions of one person must not fall into both splits: write them as BIDS does. Otherwise each folder is a subject.
-
-    Args:
-        root (`str` or `os.PathLike`): Folder to search.
-
-    Returns:
-        `list[Scan]`: The scans in order of their folders. Those that cannot be used have `problem` set.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it is a file, or holds no image at all.
-        ImportError: If there are DICOM files and pydicom is not installed.
-    """
-    root = Path(root)
-    if not root.exists():
-        raise FileNotFoundError(f"{root} does not exist; give the folder that holds one folder per subject.")
-    if not root.is_dir():
-        raise ValueError(f"{root} is a file; give the folder that holds one folder per subject.")
-
-    by_folder: dict[Path, list[_Image]] = {}
-    derived: list[Path] = []
-    for here, below, names in os.walk(root, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        folder = Path(here)
-        images = _images_in(folder, sorted(names))
-        if "derivatives" in folder.relative_to(root).parts:
-            derived += [image.path for image in images if image.modality == MASK]
-        elif images:
-            by_folder[folder] = images
-    if not by_folder:
-        raise ValueError(
-            f"{root} holds no scans: no .nii, .nii.gz or DICOM file was found in it or below; "
-            "give the folder that holds one folder per subject."
-        )
-
-    studies = collections.Counter(
-        (folder.parent, images[0].study) for folder, images in by_folder.items() if len(images) == 1
-    )
-    found: dict[Path, list[_Image]] = {}
-    for folder, images in by_folder.items():
-        named = find_modality(folder.name)
-        is_part = False
-        if folder != root and len(images) == 1:
-            image = images[0]
-            if named is not None and image.modality in (named, None):
-                image.modality, is_part = named, True
-            is_part = is_part or (image.study is not None and studies[folder.parent, image.study] > 1)
-        found.setdefault(folder.parent if is_part else folder, []).extend(images)
-
-    scans = [_make_scan(root, folder, images, derived) for folder, images in sorted(found.items())]
-    if root not in found:
-        covered = {folder.relative_to(root).parts[0] for folder in found}
-        for child in sorted(root.iterdir()):
-            if child.is_dir() and child.name not in covered | {"derivatives"} and not child.name.startswith("."):
-                scans.append(Scan(child.name, child.name, problem="the folder holds no NIfTI file and no DICOM series"))
-    return scans
-
-
-@dataclasses.dataclass
-class _Image:
-    """One image that was found: a NIfTI file, or a DICOM series and the study it belongs to."""
-
-    modality: str | None
-    path: Path
-    series: str | None = None
-    study: str | None = None
-
-
-def _images_in(folder: Path, names: list[str]) -> list[_Image]:
-    """Every image that lies directly in a folder."""
-    images = []
-    dicoms = []
-    for name in names:
-        if name.startswith("."):
-            continue
-        if name.lower().endswith(_NIFTI):
-            # The subject's own name may hold a word that looks like a modality: lesion_t1_study/lesion_t1_study_t2.nii
-            modality = find_modality(name.removeprefix(folder.name)) or find_modality(name)
-            images.append(_Image(modality, folder / name))
-        elif name.lower().endswith(_DICOM) or ("." not in name and _is_dicom(folder / name)):
-            dicoms.append(folder / name)
-    series: dict[str, _Image] = {}
-    for path in dicoms:
-        header = _pydicom().dcmread(path, stop_before_pixels=True, force=True)
-        uid = str(header.get("SeriesInstanceUID", ""))
-        if uid and uid not in series:
-            words = " ".join(str(header.get(key, "")) for key in ("SeriesDescription", "ProtocolName"))
-            study = str(header.get("StudyInstanceUID", "")) or None
-            series[uid] = _Image(find_modality(words.replace("/", " ")), folder, uid, study)
-    return images + list(series.values())
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def _pydicom() -> Any:
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ImportError("reading DICOM needs pydicom: run `pip install pydicom` and try again.") from error
-    return pydicom
-
-
-def _make_scan(root: Path, folder: Path, images: list[_Image], derived: list[Path]) -> Scan:
-    """Name the subject and sort its images by modality."""
-    parts = list(folder.relative_to(root).parts)
-    source = "/".join(parts) or root.resolve().name
-    bids = next((at for at, part in enumerate(parts) if part.startswith("sub-")), None)
-    if bids is not None:
-        parts = parts[: bids + 1]
-    while parts and (parts[-1].lower() in _GENERIC_FOLDERS or parts[-1].startswith("ses-")):
-        parts.pop()
-    scan = Scan("/".join(parts) or root.resolve().name, source)
-
-    if bids is not None and not any(image.modality == MASK for image in images):
-        wanted = {part for part in Path(source).parts if part.startswith(("sub-", "ses-"))}
-        images = images + [_Image(MASK, path) for path in derived if wanted <= set(path.parts)]
-    for modality in (*CANONICAL_MODALITIES, MASK):
-        these = [image for image in images if image.modality == modality]
-        if len(these) > 1 and not scan.problem:
-            names = ", ".join(image.path.name if image.series is None else f"series {image.series}" for image in these)
-            scan.problem = f"{len(these)} files for {modality}: {names}; keep one, and one folder per subject"
-        if these:
-            scan.files[modality] = these[0].path
-            if these[0].series is not None:
-                scan.series[modality] = these[0].series
-    if not set(scan.files) - {MASK}:
-        names = ", ".join(image.path.name for image in images[:4])
-        scan.problem = f"no file name tells a modality: {names}"
-    return scan
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading one scan
 
 
 def read_scan(
@@ -272,8 +94,7 @@ def read_scan(
     lacking = [name for name in modalities if name not in scan.files]
     notes = [f"lacks {', '.join(lacking)}"] if lacking else []
 
-    volumes = {name: _load(scan, name) for name in names}
-    volumes = _to_one_grid(scan, volumes, strict, notes)
+    volumes = _to_one_grid(scan, {name: _load(scan, name) for name in names}, strict, notes)
     spacing = next(iter(volumes.values())).header.get_zooms()[:3]
     # Float32 arrays from here on; the mask first, so that an empty one is found before the slow part.
     tumour = None
@@ -288,10 +109,9 @@ def read_scan(
         arrays[name], brains[name] = _window(array, scan.files[name].name)
     brain = np.logical_or.reduce(list(brains.values()))
     for name in wanted:
-        share = np.count_nonzero(brains[name]) / np.count_nonzero(brain)
-        if share < 0.95:
-            notes.append(f"{scan.files[name].name} covers {share:.0%} of the brain only")
-    del brains
+        fraction = np.count_nonzero(brains[name]) / np.count_nonzero(brain)
+        if fraction < 0.95:
+            notes.append(f"{scan.files[name].name} covers {fraction:.0%} of the brain only")
 
     areas = brain.sum(axis=(0, 1))
     if tumour is not None:
@@ -302,20 +122,25 @@ def read_scan(
     box, side = _brain_box(brain, spacing)
     rows = []
     for index in chosen:
-        row: dict[str, Any] = {"subject": scan.subject, "slice_index": int(index), "source": scan.source}
-        row["mask"] = None
+        mask = None
         if tumour is not None:
-            row["mask"] = _cut(tumour[:, :, index].astype(np.float32), box, image_size, Image.Resampling.NEAREST)
-            row["mask"] = row["mask"].astype(np.uint8)
-            if row["mask"].sum() < MIN_TUMOUR_PIXELS:
+            mask = _cut(tumour[:, :, index], box, image_size, Image.Resampling.NEAREST).astype(np.uint8)
+            if mask.sum() < MIN_TUMOUR_PIXELS:
                 continue
-        for name in modalities:
-            row[name] = None
-            if name in arrays:
-                slice_ = _cut(arrays[name][:, :, index], box, image_size, Image.Resampling.BICUBIC)
-                row[name] = np.clip(slice_, 0, 1)
-        row["pixel_spacing"] = (side / image_size, side / image_size)
-        rows.append(row)
+        images: dict[str, np.ndarray | None] = dict.fromkeys(modalities)
+        for name in wanted:
+            image = _cut(arrays[name][:, :, index], box, image_size, Image.Resampling.BICUBIC)
+            images[name] = np.clip(image, 0, 1)
+        rows.append(
+            {
+                "subject": scan.subject,
+                "slice_index": int(index),
+                **images,
+                MASK: mask,
+                "source": scan.source,
+                "pixel_spacing": (side / image_size, side / image_size),
+            }
+        )
     if not rows:
         raise ValueError(f"no slice shows {MIN_TUMOUR_PIXELS} pixels of tumour at {image_size}x{image_size}")
     return rows, notes
@@ -353,10 +178,10 @@ def _load(scan: Scan, name: str) -> nib.Nifti1Image:
 
 def _load_dicom(folder: Path, uid: str) -> nib.Nifti1Image:
     """Stack the files of one DICOM series along the normal of their slices, or read its one Segmentation."""
-    pydicom = _pydicom()
+    pydicom = import_pydicom()
     slices = []
     for path in sorted(folder.iterdir()):
-        if path.is_file() and (path.suffix.lower() in _DICOM or not path.suffix):
+        if path.is_file() and (path.suffix.lower() in DICOM_SUFFIXES or not path.suffix):
             dataset = pydicom.dcmread(path, force=True)
             if str(dataset.get("SeriesInstanceUID", "")) == uid:
                 slices.append(dataset)
@@ -476,7 +301,7 @@ def _brain_box(brain: np.ndarray, spacing: Sequence[float]) -> tuple[tuple[float
     sizes = np.bincount(labels.ravel())[1:]
     x, y, _ = ndimage.find_objects(labels)[int(np.argmax(sizes))] if number else (slice(0), slice(0), None)
     width, height = brain.shape[0], brain.shape[1]
-    # Display turns both axes round, see `_display`.
+    # Display turns both axes round, see `_cut`.
     left, right = width - min(x.stop * step, width), width - x.start * step
     top, bottom = height - min(y.stop * step, height), height - y.start * step
     side = BOX_MARGIN * max((right - left) * spacing[0], (bottom - top) * spacing[1])
@@ -485,23 +310,14 @@ def _brain_box(brain: np.ndarray, spacing: Sequence[float]) -> tuple[tuple[float
     return (middle_x - half_x, middle_y - half_y, middle_x + half_x, middle_y + half_y), float(side)
 
 
-def _display(plane: np.ndarray) -> np.ndarray:
-    """An axial plane (right, anterior) as an image: row 0 anterior, column 0 the patient's right."""
-    return plane[::-1, ::-1].T
-
-
 def _cut(plane: np.ndarray, box: tuple[float, float, float, float], size: int, method: Image.Resampling) -> np.ndarray:
-    """Cut the box out of an axial plane, in display orientation, and resize it; outside the plane is 0."""
-    image = _display(plane)
+    """Cut the box out of an axial plane (right, anterior), in display orientation, and resize it; outside is 0."""
+    image = plane[::-1, ::-1].T
     pad = int(np.ceil(max(0, -box[0], -box[1], box[2] - image.shape[1], box[3] - image.shape[0]))) + 1
     image = np.pad(image, pad).astype(np.float32)
     shifted = tuple(edge + pad for edge in box)
     # Pillow widens its filters when it shrinks an image, which is the anti-aliasing.
     return np.asarray(Image.fromarray(image).resize((size, size), method, box=shifted))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading many
 
 
 def read_scans(
@@ -530,33 +346,24 @@ def read_scans(
     """
     modalities = check_modalities(modalities)
 
-    def report(scan: Scan, outcome: tuple[list[dict[str, Any]], list[str], str | None]) -> tuple[ScanReport, list]:
-        rows, notes, left_out = outcome
-        if strict and left_out:
-            raise ValueError(f"{scan.source}: {left_out}.")
+    def read(scan: Scan) -> tuple[ScanReport, list[dict[str, Any]]]:
         has = tuple(name for name in (*modalities, MASK) if name in scan.files)
-        return ScanReport(scan.subject, scan.source, has, len(rows), notes, left_out), rows
+        try:
+            rows, notes = read_scan(scan, modalities, image_size, strict)
+        except ValueError as error:
+            if strict:
+                raise ValueError(f"{scan.source}: {error}.") from error
+            return ScanReport(scan.subject, scan.source, has, left_out=str(error)), []
+        return ScanReport(scan.subject, scan.source, has, len(rows), notes), rows
 
     with ThreadPoolExecutor(num_workers) as pool:
-        waiting: collections.deque = collections.deque()
+        waiting: collections.deque[Future] = collections.deque()
         try:
             for scan in scans:
-                waiting.append((scan, pool.submit(_try_scan, scan, modalities, image_size, strict)))
+                waiting.append(pool.submit(read, scan))
                 if len(waiting) > num_workers:
-                    scan, future = waiting.popleft()
-                    yield report(scan, future.result())
+                    yield waiting.popleft().result()
             while waiting:
-                scan, future = waiting.popleft()
-                yield report(scan, future.result())
+                yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _try_scan(
-    scan: Scan, modalities: Sequence[str], image_size: int, strict: bool
-) -> tuple[list[dict[str, Any]], list[str], str | None]:
-    """`read_scan`, with the reason for leaving the scan out in place of an exception."""
-    try:
-        return *read_scan(scan, modalities, image_size, strict), None
-    except ValueError as error:
-        return [], [], str(error)

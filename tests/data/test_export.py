@@ -17,8 +17,9 @@ from PIL import Image
 
 import dldm_pipeline.data.export as module
 from dldm_pipeline.data.export import NOTICE, check_export_folder, checkpoint_hashes, export_subjects
+from dldm_pipeline.data.scans import find_scans
 from dldm_pipeline.data.slices import SliceDataset
-from dldm_pipeline.data.volumes import find_scans, read_scan
+from dldm_pipeline.data.volumes import read_scan
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
 NAMES = ["T1", "FLAIR", "WB"]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dldm_pipeline.data.volumes import find_scans, read_scan, read_scans
+from dldm_pipeline.data.scans import find_scans
+from dldm_pipeline.data.volumes import read_scan, read_scans
 
 SHAPE = (40, 48, 24)
 RAS = np.diag([1.0, 1.0, 1.0, 1.0])

@@ -26,7 +26,8 @@ import torch
 
 from dldm_pipeline import DLDMPipeline, DLDMTranslationPipeline
 from dldm_pipeline.data.phantom import simulate_subject
-from dldm_pipeline.data.volumes import Scan, read_scan
+from dldm_pipeline.data.scans import Scan
+from dldm_pipeline.data.volumes import read_scan
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "app.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from dldm_pipeline import DLDMTranslationPipeline
-from dldm_pipeline.data.volumes import find_scans, read_scan
+from dldm_pipeline.data.scans import find_scans
+from dldm_pipeline.data.volumes import read_scan
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "translate.py"
 FEW = ["--num_inference_steps", "1", "--device", "cpu"]

@@ -28,17 +28,20 @@ from types import ModuleType
 
 from dldm_pipeline import DEFAULT_MODALITIES, DisentangledAutoencoder
 from dldm_pipeline.cli import exit_on_user_error
+from dldm_pipeline.data.files import write_text
+from dldm_pipeline.data.phantom import phantom_dataset
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.metrics.disentanglement import evaluate_disentanglement
 from dldm_pipeline.metrics.reconstruction import encode_subjects, evaluate_reconstruction
-from dldm_pipeline.training_utils import make_output_dir, parse_args, phantom_dataset
+from dldm_pipeline.training_args import AutoencoderArgs, parse_args
+from dldm_pipeline.training_utils import make_output_dir
 
 TRAINING = Path(__file__).parents[1] / "training" / "train_autoencoder.py"
 STRATEGIES = {
     "nothing": [],
     "mixing": ["--mix_probability=0"],
     "selection": ["--target_modalities=99"],  # as many as there are
-    "subsets": ["--subset_probability=0", "--agreement_weight=0"],
+    "subsets": ["--subset_probability=0"],
 }
 COLUMNS = (
     "PSNR",
@@ -61,7 +64,7 @@ def load_training() -> ModuleType:
     return module
 
 
-def held_out_subjects(args: argparse.Namespace) -> tuple[str, SliceDataset]:
+def held_out_subjects(args: AutoencoderArgs) -> tuple[str, SliceDataset]:
     """The data set of the training arguments, simulated first if need be, and its validation split.
 
     Raises:
@@ -96,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpointing_steps=0",
         *others,
     ]
-    training_args = parse_args(training.build_parser(), words)
+    training_args = parse_args(AutoencoderArgs, __doc__, training.PRESETS, words)
     output_dir = make_output_dir(args.output_dir)
     data, validation = held_out_subjects(training_args)
     table = [f"| off | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
@@ -105,16 +108,14 @@ def main(argv: list[str] | None = None) -> None:
         training.main([*words, *STRATEGIES[strategy], f"--dataset={data}", f"--output_dir={folder}"])
         autoencoder = DisentangledAutoencoder.from_pretrained(folder).eval()
         encoded = encode_subjects(autoencoder, validation, args.max_validation)
-        rebuilt, apart = evaluate_reconstruction(autoencoder, encoded), evaluate_disentanglement(encoded)
+        rebuilt, probes = evaluate_reconstruction(autoencoder, encoded), evaluate_disentanglement(encoded)
         cells = [rebuilt[key] for key in ("psnr_mean", "psnr_worst", "exchange_cost_mean", "single_cost_mean")]
-        cells += [100 * apart["style_accuracy"], apart["structure_over_chance"]]
-        cells += [100 * apart["subject_structure_accuracy"], apart["subject_style_over_chance"]]
-        cells += [apart["structure_agreement"]["ratio"]]
+        cells += [100 * probes["style_accuracy"], probes["structure_over_chance"]]
+        cells += [100 * probes["subject_structure_accuracy"], probes["subject_style_over_chance"]]
+        cells += [probes["structure_agreement"]["ratio"]]
         table.append(f"| {strategy} | {' | '.join(f'{cell:z.2f}' for cell in cells)} |")
         print("\n".join(table), flush=True)
-    unfinished = output_dir / "ablation.md.tmp"
-    unfinished.write_text("\n".join(table) + "\n", encoding="utf-8")
-    unfinished.replace(output_dir / "ablation.md")
+    write_text(output_dir / "ablation.md", "\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

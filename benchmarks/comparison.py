@@ -20,50 +20,32 @@ import time
 from pathlib import Path
 
 from dldm_pipeline.cli import exit_on_user_error
-from dldm_pipeline.training_utils import make_output_dir, phantom_dataset
+from dldm_pipeline.data.files import write_text
+from dldm_pipeline.data.phantom import phantom_dataset
+from dldm_pipeline.training_utils import make_output_dir
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of DLDM's minutes. Not compared with other shares: those before were of another autoencoder.
-SHARES = {"autoencoder": 0.35, "ldm": 0.45, "dldm": 0.2}
+# Of DLDM's minutes; other fractions were not compared.
+FRACTIONS = {"autoencoder": 0.35, "ldm": 0.45, "dldm": 0.2}
 
 
 def trainings(folder: Path, minutes: float) -> dict[str, dict[str, list[str]]]:
     """Of each system, the output folders and the commands that fill them, in order."""
-    script = str(ROOT / "training" / "train_autoencoder.py")
-    times = {name: [f"--max_train_minutes={share * minutes:g}"] for name, share in SHARES.items()}
+    scripts = ROOT / "training"
+    times = {name: f"--max_train_minutes={fraction * minutes:g}" for name, fraction in FRACTIONS.items()}
+    autoencoder, ldm = f"--autoencoder={folder / 'autoencoder'}", f"--pipeline={folder / 'ldm'}"
+    cache = f"--cache_dir={folder / 'cache'}"
     return {
         "DLDM": {
-            "autoencoder": [script, "--config=autoencoder_64", *times["autoencoder"]],
-            "ldm": [
-                str(ROOT / "training" / "train_ldm.py"),
-                "--config=ldm_64",
-                f"--autoencoder={folder / 'autoencoder'}",
-                f"--cache_dir={folder / 'cache'}",
-                *times["ldm"],
-            ],
-            "dldm": [
-                script,
-                "--config=autoencoder_64",
-                f"--denoiser={folder / 'ldm'}",
-                "--learning_rate=1e-3",
-                "--spectrum_weight=1",
-                "--perceptual_weight=1",
-                "--adversarial_weight=0.3",
-                "--structure_noise=0",
-                *times["dldm"],
-            ],
+            "autoencoder": [f"{scripts / 'train_autoencoder.py'}", "--config=autoencoder_64", times["autoencoder"]],
+            "ldm": [f"{scripts / 'train_ldm.py'}", "--config=ldm_64", autoencoder, cache, times["ldm"]],
+            "dldm": [f"{scripts / 'train_decoder.py'}", "--config=decoder_64", ldm, times["dldm"]],
         },
         "StyleGAN2": {
-            "stylegan2": [
-                str(ROOT / "training" / "baselines" / "train_stylegan2.py"),
-                f"--max_train_minutes={minutes:g}",
-            ]
+            "stylegan2": [f"{scripts / 'baselines' / 'train_stylegan2.py'}", f"--max_train_minutes={minutes:g}"]
         },
         "plain LDM": {
-            "plain_ldm": [
-                str(ROOT / "training" / "baselines" / "train_plain_ldm.py"),
-                f"--max_train_minutes={minutes:g}",
-            ]
+            "plain_ldm": [f"{scripts / 'baselines' / 'train_plain_ldm.py'}", f"--max_train_minutes={minutes:g}"]
         },
     }
 
@@ -95,9 +77,7 @@ def train(command: list[str], num_threads: int | None, data: Path, output: Path,
         "clock": round((time.monotonic() - started) / 60, 1),
         "processor": round(processor / 60, 1),
     }
-    unfinished = log.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(minutes, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(log)
+    write_text(log, json.dumps(minutes, indent=2) + "\n")
 
 
 @exit_on_user_error()

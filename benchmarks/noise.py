@@ -3,7 +3,7 @@
     python benchmarks/noise.py
     python benchmarks/noise.py --latents_only    # the first two tables, in seconds
 
-Printed as Markdown tables, for the bundled pipeline: the noise that `noise_deviation` reads in simulated images, and the
+Printed as Markdown tables, for the bundled pipeline: the noise that `noise_std` reads in simulated images, and the
 level that the pipeline adds, over the one that was put in; how well images are rebuilt from structures that are a little
 off, as a denoiser's are; and Fréchet distance (EfficientNet-Lite0), precision and recall of sets of subjects, each against the
 same other simulated ones. Two sets are spliced: up to half the Nyquist frequency they are rebuilt and above it real, or the
@@ -19,9 +19,10 @@ import torch
 from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.phantom import simulate_subject
+from dldm_pipeline.losses import noise_std
 from dldm_pipeline.metrics.features import load_extractor, to_uint8
 from dldm_pipeline.metrics.fidelity import frechet_distance, neighbour_scores
-from dldm_pipeline.training_utils import noise_deviation
+from dldm_pipeline.metrics.reconstruction import psnr
 
 STRUCTURE_NOISE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)  # deviation, of that of the structures themselves
 REAL_SEED, OTHER_SEED = 977_001, 977_003  # the subjects of examples/evaluate.py, and others
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     size, count = autoencoder.config.sample_size, args.num_subjects
     others = [simulate_subject((OTHER_SEED, i), size, names) for i in range(count)]
     images = torch.from_numpy(np.stack([subject.images for subject in others]))
-    read = noise_deviation(images, (images > 0).any(dim=1, keepdim=True)).mean(dim=0)
+    read = noise_std(images, (images > 0).any(dim=1, keepdim=True)).mean(dim=0)
     true = np.mean([subject.factors["noise"] for subject in others])
     print(f"| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
     print(f"| noise read / put in | {' | '.join(f'{value / true:.2f}' for value in read)} |")
@@ -61,12 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     latents = {"structure": posterior.structure_dist.mode(), "styles": posterior.style_dist.mode()}
     print(f"| noise on the structure | {' | '.join(map(str, STRUCTURE_NOISE))} |\n|---{'|---' * len(STRUCTURE_NOISE)}|")
     torch.manual_seed(0)
-    structure, psnr = autoencoder.normalize_structure(latents["structure"]), []
+    structure, rebuilt_psnr = autoencoder.normalize_structure(latents["structure"]), []
     for level in STRUCTURE_NOISE:
         noisy = autoencoder.denormalize_structure(structure + level * torch.randn_like(structure))
-        squared = (autoencoder.decode(noisy, latents["styles"]).sample.clamp(0, 1) - images).square().mean(dim=(2, 3))
-        psnr.append(-10 * squared.log10().mean())
-    print(f"| PSNR (dB) | {' | '.join(f'{value:.1f}' for value in psnr)} |\n", flush=True)
+        rebuilt = autoencoder.decode(noisy, latents["styles"]).sample.clamp(0, 1)
+        rebuilt_psnr.append(float(psnr(images, rebuilt).mean()))
+    print(f"| PSNR (dB) | {' | '.join(f'{value:.1f}' for value in rebuilt_psnr)} |\n", flush=True)
     if args.latents_only:
         return
 

@@ -3,10 +3,8 @@
 What they share with the DLDM's own training scripts is in `dldm_pipeline.training_utils`.
 """
 
-import argparse
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,56 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dldm_pipeline.data.sheet import contact_sheet
+from dldm_pipeline.data.files import write_text
+from dldm_pipeline.data.sheet import evenly_spaced_rows, subjects_sheet
 from dldm_pipeline.data.slices import SliceDataset
-from dldm_pipeline.hub import write_model_card
+from dldm_pipeline.hub import write_model_card, write_pretrained
 from dldm_pipeline.metrics.features import load_extractor, to_uint8
 from dldm_pipeline.metrics.fidelity import kernel_distance
-from dldm_pipeline.training_utils import TrainingClock, write_pretrained
+from dldm_pipeline.training_args import BaselineArgs
+from dldm_pipeline.training_state import TrainingClock
 
 # uint8 (N, H, W) in 0-255 to (N, d): `dldm_pipeline.metrics.features.FeatureExtractor`, or any other function.
 Extractor = Callable[[np.ndarray], np.ndarray]
 
 SHEET_SUBJECTS = 8
 SELECTION_SEED = 20240  # not a seed that a test of the finished model would take
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments about the choice of the checkpoint."""
-    group = parser.add_argument_group("choice of the checkpoint")
-    group.add_argument(
-        "--selection_subjects",
-        type=int,
-        default=128,
-        help="generated at each validation, and compared with as many held-out slices by KID; the best model is kept. 0: "
-        "the last one is. The clock stands still meanwhile",
-    )
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse values that the baselines cannot honour.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if args.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the baselines do without; raise "
-            "--train_batch_size"
-        )
-    if args.selection_subjects < 0 or args.selection_subjects == 1:
-        raise ValueError(
-            f"--selection_subjects {args.selection_subjects}: KID needs at least 2; give 0 to keep the last model"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,30 +60,14 @@ class Slices:
         )
 
 
-def open_split(data: str | Path, split: str, args: argparse.Namespace) -> SliceDataset:
-    """A split of the data at the size that the arguments say.
-
-    Raises:
-        ValueError: `--resolution` is not that of the data.
-    """
-    dataset = SliceDataset(data, split, args.modalities)
-    if dataset.image_size != args.resolution:
-        raise ValueError(
-            f"--resolution {args.resolution}: the slices in {data} are {dataset.image_size} pixels; give that, "
-            "or prepare the data set again with --image_size"
-        )
-    return dataset
-
-
 def read_slices(
-    dataset: SliceDataset, complete: bool = False, mask: bool = False, num_workers: int = 0, show_progress: bool = False
+    dataset: SliceDataset, joint: bool = False, num_workers: int = 0, show_progress: bool = False
 ) -> Slices:
     """Read a whole split: 41 kB a slice of five modalities at 64x64.
 
     Args:
         dataset: the split.
-        complete: leave out slices that lack a modality.
-        mask: read masks too, and leave out slices without one.
+        joint: read masks too, and leave out slices that lack a modality or the mask.
         num_workers: processes that decode.
         show_progress: whether to show a bar.
 
@@ -130,18 +79,17 @@ def read_slices(
         DataLoader(dataset, 64, num_workers=num_workers), "reading slices", unit="batch", disable=not show_progress
     ):
         kept = torch.ones(len(batch["images"]), dtype=torch.bool)
-        if complete:
-            kept &= batch["present"].all(dim=1)
-        if mask:
-            kept &= batch["has_mask"]
+        if joint:
+            kept &= batch["present"].all(dim=1) & batch["has_mask"]
         images.append(batch["images"][kept].half())
         present.append(batch["present"][kept])
         masks.append(batch["mask"][kept] > 0.5)
-    slices = Slices(torch.cat(images), torch.cat(present), torch.cat(masks) if mask else None)
+    slices = Slices(torch.cat(images), torch.cat(present), torch.cat(masks) if joint else None)
     if not len(slices):
-        mends = [f"all of {', '.join(dataset.modalities)} (name fewer --modalities, or add --conditional)"] * complete
-        mends += ["a mask (add --no-mask)"] * mask
-        raise ValueError(f"--dataset: no slice has {' and '.join(mends)}")
+        names = ", ".join(dataset.modalities)
+        raise ValueError(
+            f"--dataset: no slice has all of {names} and a mask; name fewer --modalities, or add --conditional"
+        )
     return slices
 
 
@@ -202,26 +150,17 @@ class Selection:
     `selection.json` in the folder lists what was measured, and lets a resumed run go on.
 
     Args:
-        folder: the output folder.
-        real: held-out slices; at most `num_subjects` of them are used, evenly spread.
+        args: of the run: output folder, number of subjects, and whether to go on with the folder's list.
+        real: held-out slices; at most `selection_subjects` of them are used, evenly spaced.
         modalities: their names.
-        num_subjects: how many to generate; 0 measures nothing.
         extractor: from images to features; by default `default_extractor`.
-        resume: go on with the folder's list, rather than begin a new one.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        real: Slices,
-        modalities: Sequence[str],
-        num_subjects: int,
-        extractor: Extractor | None = None,
-        resume: bool = False,
-    ):
-        self.path, self.modalities, self.num_subjects = Path(folder) / "selection.json", tuple(modalities), num_subjects
+    def __init__(self, args: BaselineArgs, real: Slices, modalities: Sequence[str], extractor: Extractor | None = None):
+        self.path, self.modalities = Path(args.output_dir) / "selection.json", tuple(modalities)
+        self.num_subjects = num_subjects = args.selection_subjects
         self.entries: list[dict] = []
-        if resume and self.path.is_file():
+        if args.resume_from_checkpoint and self.path.is_file():
             self.entries = json.loads(self.path.read_text(encoding="utf-8"))
         else:
             self.path.unlink(missing_ok=True)
@@ -256,8 +195,6 @@ class Selection:
     def offer(self, model: torch.nn.Module, clock: TrainingClock) -> dict[str, float]:
         """Measure a model, always on the same seeds, and write it to the folder if it is the best so far.
 
-        The clock stands still: measuring is no training.
-
         Returns:
             The figures; empty when nothing is measured.
         """
@@ -265,18 +202,15 @@ class Selection:
             return {}
         if self.entries and self.entries[-1]["step"] == clock.step:
             return {key: value for key, value in self.entries[-1].items() if key.startswith("KID")}
-        state = clock.state_dict()
+        minutes = round(clock.elapsed / 60, 2)
         model.eval()
         images = model.sample(self.num_subjects, torch.Generator().manual_seed(SELECTION_SEED))
         model.train()
         figures = self.measure(images)
         if self.best is None or figures["KID"] < self.best["KID"]:
             write_pretrained(model.save_pretrained, self.path.parent)
-        self.entries.append({"step": clock.step, "minutes": round(state["seconds"] / 60, 2), **figures})
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text(json.dumps(self.entries, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
-        clock.load_state_dict(state)
+        self.entries.append({"step": clock.step, "minutes": minutes, **figures})
+        write_text(self.path, json.dumps(self.entries, indent=2) + "\n")
         return figures
 
 
@@ -285,71 +219,70 @@ class Selection:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_sheet(
+def generated_sheet(
     model: torch.nn.Module, num_subjects: int, seed: int, path: Path, real: SliceDataset | None = None
 ) -> None:
     """Save generated subjects as a contact sheet, above as many real ones."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_subjects)]
-    images = [*model.eval().sample(num_subjects, generators).numpy()]
-    names = [f"generated {i + 1}" for i in range(num_subjects)]
-    for i in [] if real is None else np.linspace(0, len(real) - 1, min(num_subjects, len(real))).astype(int):
-        item = real[i]
-        # The sheet leaves NaN empty.
-        images.append(np.where(item["present"][:, None, None], item["images"], np.nan))
-        names.append(f"real {len(names) - num_subjects + 1}")
-    contact_sheet(np.stack(images), None, list(model.config.modalities), names, path)
+    groups = {"generated": (model.eval().sample(num_subjects, generators).numpy(), None)}
+    if real is not None:
+        groups["real"] = evenly_spaced_rows(real, num_subjects)
+    subjects_sheet(path, list(model.config.modalities), groups)
+
+
+def validate(
+    selection: Selection, model: torch.nn.Module, clock: TrainingClock, seed: int, path: Path
+) -> dict[str, float]:
+    """Offer a model to the selection and save some of its subjects at `path`."""
+    figures = selection.offer(model, clock)
+    generated_sheet(model, SHEET_SUBJECTS, seed, path)
+    model.train()
+    return figures
 
 
 def finish(
     model: torch.nn.Module,
     selection: Selection,
     clock: TrainingClock,
-    args: argparse.Namespace,
-    accelerator: Accelerator,
+    args: BaselineArgs,
     real: SliceDataset,
     title: str,
     description: str,
     training: dict[str, float | int | str],
-) -> torch.nn.Module:
+) -> None:
     """Offer the last model, then write card and sheet of the one that was kept.
 
     Args:
         model: with averaged weights.
         selection: made at the start.
         clock: of the run.
-        args: of the run; those worth knowing go to the card.
-        accelerator: of the run.
+        args: of the run.
         real: shown beneath the generated subjects.
         title: of the card.
         description: Markdown.
         training: more figures of the run.
-
-    Returns:
-        The kept model.
     """
     output_dir = Path(args.output_dir)
     selection.offer(model, clock)
     if selection.best is None:
         write_pretrained(model.save_pretrained, output_dir)
     elif selection.best["step"] != clock.step:
-        model = type(model).from_pretrained(output_dir).to(accelerator.device)
-    draw_sheet(model, SHEET_SUBJECTS, args.seed, output_dir / "samples.png", real)
+        model = type(model).from_pretrained(output_dir).to(model.device)
+    generated_sheet(model, SHEET_SUBJECTS, args.seed, output_dir / "samples.png", real)
     figures = {} if selection.best is None else {f"{key} (validation)": v for key, v in selection.best.items()}
-    hidden = ("hub_token", "hub_model_id", "output_dir", "dataset", "cache_dir", "config")
     write_model_card(
         output_dir,
         title,
-        f"{description}\n\nTrained as a system to compare with, by the same data, split and time.",
+        f"{description}\n\nTrained as a system to compare with, on the same data and split and for the same time.",
         figures,
         {
             "steps": clock.step,
             "images seen per process": clock.step * args.train_batch_size,
             "minutes": round(clock.elapsed / 60, 1),
             **training,
-            **{name: value for name, value in vars(args).items() if name not in hidden},
+            **args.shown(),
         },
         {"generated subjects above, real ones below": "samples.png"},
     )
     kept = "the last model" if selection.best is None else f"step {selection.best['step']} of {clock.step}"
     print(f"{output_dir}: kept {kept}" + "".join(f", {name} {value:.4f}" for name, value in figures.items()))
-    return model

@@ -7,31 +7,20 @@ latents. A subject is the same starting noise under each label; nothing else tie
 Noise schedule, prediction type and sampler are those of DLDM, so that the comparison is about the latents.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from baseline_utils import subject_generators
-from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, ModelMixin, UNet2DModel
+from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 
+from dldm_pipeline.denoiser import make_scheduler, make_unet, stratified_timesteps
 from dldm_pipeline.modalities import check_modalities
 
 NORM_GROUPS = 8
-
-
-def make_scheduler() -> DDIMScheduler:
-    """DLDM's noise schedule: cosine, v-prediction, no signal left at the last step."""
-    return DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
 
 
 class PlainLDM(ModelMixin, ConfigMixin):
@@ -77,29 +66,13 @@ class PlainLDM(ModelMixin, ConfigMixin):
         shrink = patch_size * 2 ** (len(autoencoder_channels) - 1)
         if sample_size % shrink:
             raise ValueError(
-                f"autoencoder_channels has {len(autoencoder_channels)} grids and patch_size is {patch_size}: a sample_size "
+                f"autoencoder_channels has {len(autoencoder_channels)} levels and patch_size is {patch_size}: a sample_size "
                 f"of {sample_size} cannot be divided by {shrink}"
             )
-        grid = self.latent_size = sample_size // shrink
-        if grid % 2 ** (len(block_out_channels) - 1):
-            raise ValueError(
-                f"block_out_channels has {len(block_out_channels)} grids, but the latents' {grid} cannot be halved that "
-                "often; give fewer"
-            )
-        for name, widths in (
-            ("autoencoder_channels", autoencoder_channels),
-            ("block_out_channels", block_out_channels),
-        ):
-            for width in widths:
-                if width < 1 or width % NORM_GROUPS:
-                    raise ValueError(f"{name} has a width of {width}; it must divide by {NORM_GROUPS}")
-        sizes = [grid // 2**level for level in range(len(block_out_channels))]
-        attention = [size in attention_sizes for size in sizes]
-        for width, attends in zip(block_out_channels, [*attention[:-1], True], strict=True):
-            if attends and width % attention_head_dim:
-                raise ValueError(
-                    f"attention_head_dim is {attention_head_dim}, which does not divide a width of {width}"
-                )
+        self.latent_size = sample_size // shrink
+        for width in autoencoder_channels:
+            if width < 1 or width % NORM_GROUPS:
+                raise ValueError(f"autoencoder_channels has a width of {width}; it must divide by {NORM_GROUPS}")
         depth = len(autoencoder_channels)
         self.autoencoder = AutoencoderKL(
             in_channels=patch_size**2,
@@ -113,17 +86,15 @@ class PlainLDM(ModelMixin, ConfigMixin):
             sample_size=sample_size // patch_size,
             mid_block_add_attention=False,
         )
-        self.unet = UNet2DModel(
-            sample_size=grid,
-            in_channels=latent_channels,
-            out_channels=latent_channels,
-            block_out_channels=tuple(block_out_channels),
-            layers_per_block=layers_per_block,
-            down_block_types=tuple("AttnDownBlock2D" if attends else "DownBlock2D" for attends in attention),
-            up_block_types=tuple("AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)),
-            attention_head_dim=attention_head_dim,
-            norm_num_groups=NORM_GROUPS,
-            num_class_embeds=len(modalities),
+        self.unet = make_unet(
+            latent_channels,
+            self.latent_size,
+            len(modalities),
+            block_out_channels,
+            layers_per_block,
+            attention_sizes,
+            attention_head_dim,
+            NORM_GROUPS,
         )
 
     def encode(self, images: torch.Tensor) -> DiagonalGaussianDistribution:
@@ -210,25 +181,15 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity, a scalar.
 
-    Times are stratified over the batch, which lowers the variance of the loss.
-
     Args:
         model: `PlainLDM`, or what `accelerate` made of it.
-        scheduler: from `make_scheduler`.
+        scheduler: from [`~dldm_pipeline.denoiser.make_scheduler`].
         latents: (B, latent_channels, h, w), normalised.
         labels: (B,), which modality.
         generator: of times and noise.
     """
-    size, steps, device = len(latents), scheduler.config.num_train_timesteps, latents.device
-    strata = torch.randperm(size, generator=generator, device=device)
-    times = strata + torch.rand(size, generator=generator, device=device)
-    times = (times / size * steps).long().clamp(max=steps - 1)
+    device = latents.device
+    times = stratified_timesteps(len(latents), scheduler.config.num_train_timesteps, device, generator)
     noise = torch.randn(latents.shape, generator=generator, device=device)
     velocity = model(scheduler.add_noise(latents, noise, times), times, labels)
     return F.mse_loss(velocity.float(), scheduler.get_velocity(latents, noise, times))
-
-
-def psnr(images: torch.Tensor, targets: torch.Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of images (B, 1, H, W) with a range of 1."""
-    error = ((images.clamp(0, 1) - targets) ** 2).mean(dim=(1, 2, 3))
-    return float((-10 * error.clamp(min=1e-10).log() / math.log(10)).mean())

@@ -11,7 +11,7 @@ from stylegan2 import (
     upsample,
 )
 
-from dldm_pipeline.discriminator import r1_penalty
+from dldm_pipeline.losses import r1_penalty
 
 CHANNELS = (16, 8, 8, 8)
 

@@ -16,10 +16,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dldm_pipeline.cli import exit_on_user_error
+from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.phantom import phantom_rows
 from dldm_pipeline.data.scans import Scan, find_scans
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.data.slices import write_slices
+from dldm_pipeline.data.slices import data_card, write_slices
 from dldm_pipeline.data.volumes import ScanReport, read_scans
 from dldm_pipeline.modalities import CANONICAL_MODALITIES, DEFAULT_MODALITIES, MASK, check_modalities
 
@@ -39,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"which, in order, of {' '.join(CANONICAL_MODALITIES)}; by default those that the scans have, "
         f"or {' '.join(DEFAULT_MODALITIES)} for simulated subjects",
     )
-    parser.add_argument("--val_fraction", type=float, default=0.2, help="share of the subjects for validation (0.2)")
+    parser.add_argument("--val_fraction", type=float, default=0.2, help="fraction of the subjects for validation (0.2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of simulated subjects (0)")
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first unusable subject, and never resample a volume"
@@ -48,18 +49,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
-    """Run the script with these arguments, by default those of the command line."""
     args = parse_args(argv)
-    with exit_on_user_error():
-        try:
-            prepare(args)
-        except ImportError as error:  # pydicom is an extra
-            raise ValueError(str(error)) from error
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Check the arguments, read or simulate, write the folder and print the table."""
     if (args.scans is None) == (args.phantom is None):
         raise ValueError("give either a folder of scans or --phantom N.")
     if args.image_size < 32 or args.image_size % 8:
@@ -68,34 +60,50 @@ def prepare(args: argparse.Namespace) -> None:
         )
     if args.num_workers < 1:
         raise ValueError(f"--num_workers is {args.num_workers}; give at least 1.")
-    wanted = check_modalities(args.modalities, known_only=True) if args.modalities else None
+    modalities = check_modalities(args.modalities, known_only=True) if args.modalities else None
 
     reports: list[ScanReport] = []
-    picked: dict[str, dict] = {}  # of the first subjects, the slice with the largest tumour
     if args.phantom is not None:
-        modalities = wanted or DEFAULT_MODALITIES
+        modalities = modalities or DEFAULT_MODALITIES
         rows = phantom_rows(args.phantom, args.image_size, args.seed, modalities, args.num_workers)
         rows = tqdm(rows, total=args.phantom, desc="simulating", unit="subject")
     else:
         scans = find_scans(args.scans)
-        modalities = wanted or found_modalities(scans)
+        found = {name for scan in scans if not scan.problem for name in scan.files}
+        found = tuple(name for name in CANONICAL_MODALITIES if name in found)
+        # With no usable scan at all, go on: the reasons come with the error at the end.
+        modalities = modalities or found or DEFAULT_MODALITIES[:1]
         missing = [name for name in modalities if not any(name in scan.files for scan in scans)]
         if missing:
-            has = ", ".join(found_modalities(scans)) or "none"
+            has = ", ".join(found) or "none"
             raise ValueError(f"{args.scans}: no subject has {', '.join(missing)}; found are {has}.")
         rows = scan_rows(args, scans, modalities, reports)
 
-    def finish(folder: Path, summary: dict[str, dict[str, int]]) -> None:
-        card = data_card(args, modalities, reports, summary)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        draw_sheet(picked, modalities, folder / "contact_sheet.png")
+    largest: dict[str, dict] = {}
 
-    summary = write_slices(
-        pick_rows(rows, picked), args.output, modalities, val_fraction=args.val_fraction, seed=args.seed, finish=finish
-    )
-    shown = reports
-    if len(reports) > PRINTED_LINES:
-        shown = [report for report in reports if report.left_out or report.notes]
+    def finish(folder: Path, summary: dict[str, dict[str, int]]) -> None:
+        origin = (
+            f"{args.phantom} simulated subjects (`dldm_pipeline/data/phantom.py`, seed {args.seed}). "
+            "No patient's data are in here."
+            if args.phantom is not None
+            else f"Slices of real scans, split with seed {args.seed}. Axial, anterior up, the patient's right on the left. "
+            f"Before you share them, check that you may.\n\n{report_table(reports)}"
+        )
+        title = "Aligned multi-modal brain MRI slices"
+        card = data_card(title, modalities, args.image_size, summary, origin, "contact_sheet.png")
+        write_text(folder / "README.md", card)
+        shown = largest.values()
+        contact_sheet(
+            [[row[name] for name in modalities] for row in shown],
+            [row[MASK] for row in shown],
+            modalities,
+            [f"{row['subject'][-20:]} #{row['slice_index']}" for row in shown],
+            folder / "contact_sheet.png",
+        )
+
+    rows = keep_largest(rows, largest)
+    summary = write_slices(rows, args.output, modalities, args.val_fraction, args.seed, finish)
+    shown = reports if len(reports) <= PRINTED_LINES else [r for r in reports if r.left_out or r.notes]
     if shown:
         print(report_table(shown))
     for split, counts in summary.items():
@@ -103,13 +111,6 @@ def prepare(args: argparse.Namespace) -> None:
     if not summary["validation"]["subjects"]:
         print("warning: no subject is left for validation")
     print(f"wrote {args.output} ({' '.join(modalities)}, {args.image_size}x{args.image_size}); see contact_sheet.png")
-
-
-def found_modalities(scans: list[Scan]) -> tuple[str, ...]:
-    """Modalities that at least one usable scan has, in canonical order."""
-    found = {name for scan in scans if not scan.problem for name in scan.files}
-    # With no usable scan at all, go on: the reasons come with the error at the end.
-    return tuple(name for name in CANONICAL_MODALITIES if name in found) or DEFAULT_MODALITIES[:1]
 
 
 def scan_rows(
@@ -131,33 +132,24 @@ def scan_rows(
         raise ValueError(f"{args.scans}: no subject can be used. {reasons}{more}.")
 
 
-def pick_rows(rows: Iterator[dict], picked: dict[str, dict]) -> Iterator[dict]:
+def keep_largest(rows: Iterator[dict], largest: dict[str, dict]) -> Iterator[dict]:
     """Pass rows through and keep, of each of the first subjects, the slice with the largest tumour, or brain."""
-    sizes: dict[str, tuple[int, int]] = {}
+
+    def size(row: dict) -> tuple[int, int]:
+        brain = sum(np.count_nonzero(image) for image in row.values() if isinstance(image, np.ndarray))
+        return 0 if row[MASK] is None else np.count_nonzero(row[MASK]), brain
+
     for row in rows:
         subject = row["subject"]
-        if subject in picked or len(picked) < SHEET_SUBJECTS:
-            brain = sum(np.count_nonzero(image) for image in row.values() if isinstance(image, np.ndarray))
-            size = (0 if row[MASK] is None else np.count_nonzero(row[MASK]), brain)
-            if size > sizes.get(subject, (-1, -1)):
-                picked[subject], sizes[subject] = row, size
+        if subject not in largest and len(largest) < SHEET_SUBJECTS:
+            largest[subject] = row
+        elif subject in largest and size(row) > size(largest[subject]):
+            largest[subject] = row
         yield row
 
 
-def draw_sheet(picked: dict[str, dict], modalities: tuple[str, ...], path: Path) -> None:
-    """One row for each picked slice, one column for each modality."""
-    shown = list(picked.values())
-    some = next(row[name] for row in shown for name in modalities if row[name] is not None)
-    images = [[np.full_like(some, np.nan) if row[name] is None else row[name] for name in modalities] for row in shown]
-    masks = None
-    if any(row[MASK] is not None for row in shown):
-        masks = np.stack([np.zeros_like(some) if row[MASK] is None else row[MASK] for row in shown])
-    names = [f"{row['subject'][-20:]} #{row['slice_index']}" for row in shown]
-    contact_sheet(np.array(images), masks, modalities, names, path)
-
-
 def report_table(reports: list[ScanReport]) -> str:
-    """The reports as an aligned markdown table."""
+    """The reports as an aligned Markdown table."""
     lines = [("scan", "modalities", "slices", "remarks")]
     for report in reports:
         remarks = [f"LEFT OUT: {report.left_out}"] if report.left_out else []
@@ -168,57 +160,6 @@ def report_table(reports: list[ScanReport]) -> str:
     return "\n".join(
         f"| {a:<{widths[0]}} | {b:<{widths[1]}} | {c:>{widths[2]}} | {d:<{widths[3]}} |" for a, b, c, d in lines
     )
-
-
-def data_card(
-    args: argparse.Namespace,
-    modalities: tuple[str, ...],
-    reports: list[ScanReport],
-    summary: dict[str, dict[str, int]],
-) -> str:
-    """The folder's README.md: what the Hub and `datasets` need to know, and the table."""
-    files = "".join(
-        f"  - split: {split}\n    path: data/{split}-*.parquet\n" for split in summary if summary[split]["rows"]
-    )
-    splits = "\n".join(
-        f"| {split} | {counts['subjects']} | {counts['rows']} |" for split, counts in summary.items() if counts["rows"]
-    )
-    if args.phantom is not None:
-        origin = (
-            f"{args.phantom} simulated subjects (`dldm_pipeline/data/phantom.py`, seed {args.seed}). "
-            "No patient's data are in here."
-        )
-    else:
-        origin = (
-            "Slices of real scans. Axial, anterior up, the patient's right on the left. "
-            "Before you share them, check that you may.\n\n" + report_table(reports)
-        )
-    return f"""---
-pretty_name: Aligned multi-modal brain MRI slices
-tags:
-- mri
-- brain-tumor
-- dldm_pipeline
-configs:
-- config_name: default
-  data_files:
-{files}---
-
-# Aligned multi-modal brain MRI slices
-
-Modalities: {", ".join(modalities)}; {args.image_size}x{args.image_size} pixels, 16-bit, 0 to 65535 for [0, 1].
-Split by subject (seed {args.seed}). Columns: see `dldm_pipeline/data/slices.py`.
-
-| split | subjects | slices |
-|---|---|---|
-{splits}
-
-![contact sheet](contact_sheet.png)
-
-## Origin
-
-{origin}
-"""
 
 
 if __name__ == "__main__":

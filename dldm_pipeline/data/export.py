@@ -16,7 +16,6 @@ or in format "dataset" what `SliceDataset` and the training scripts read:
 Names are BraTS-like, so what reads BraTS reads this; `training/prepare_dataset.py` reads "nifti" and "dicom".
 """
 
-import datetime
 import hashlib
 import importlib.util
 import json
@@ -26,7 +25,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -35,14 +34,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
-from dldm_pipeline.data.files import new_folder
+from dldm_pipeline.data.export_dicom import write_dicom
+from dldm_pipeline.data.files import new_folder, write_text
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.data.slices import write_slices
+from dldm_pipeline.data.slices import data_card, write_slices
 from dldm_pipeline.modalities import MASK
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 FORMATS = ("nifti", "dicom", "dataset")
 NOTICE = "Synthetic image drawn by a generative model. It shows no patient. Not for diagnosis."
@@ -74,11 +71,8 @@ def export_subjects(
     orientation that `dldm_pipeline.data.volumes` gives its slices (row 0 anterior, column 0 the patient's right).
 
     - `"nifti"`: NIfTI, marked in `descrip` and by the notice in a header extension, and 16-bit PNG with the notice as text.
-    - `"dicom"`: one study and one frame of reference a subject, one series of one MR image a modality, and the mask as a
-      DICOM Segmentation. MR rather than Secondary Capture, which has no place in space to overlay the mask by. That none
-      of it was acquired is said by Synthetic Data YES, Image Type DERIVED\\SECONDARY, Content Qualification RESEARCH,
-      Scanning Sequence RM (research mode), Manufacturer, and in words by Patient's Name, Study and Series Description,
-      Derivation Description and the comments. UIDs are new with each export; Patient ID goes with the pixels.
+    - `"dicom"`: one study a subject, a series of one MR image a modality and a DICOM Segmentation, see
+      [`~data.export_dicom.write_dicom`].
     - `"dataset"`: rows as `prepare_dataset.py` writes them, split by subject; `source` is the notice.
 
     Args:
@@ -111,7 +105,7 @@ def export_subjects(
         raise ValueError("`output` has no float images to export; call the pipeline with `output_type='np'`.")
     if not np.isfinite(images).all():
         raise ValueError("`output.images` has values that are not numbers: the pipeline's weights are broken.")
-    if len({*map(_stem, output.modalities), "seg"}) != len(output.modalities) + 1:
+    if len({*map(_file_word, output.modalities), "seg"}) != len(output.modalities) + 1:
         raise ValueError(f"The modalities {output.modalities} do not give different file names; rename one.")
     images, labels = np.clip(images, 0, 1), (masks > 0).astype(np.uint8)
     height, width = labels.shape[1:]
@@ -141,18 +135,15 @@ def export_subjects(
     with new_folder(folder, overwrite) as temporary:
         subjects = tqdm(list(zip(manifest["subjects"], images, labels, strict=True)), desc="export")
         if format == "dataset":
-            _write_dataset(temporary, subjects, output.modalities, spacing, notice)
+            _write_dataset(temporary, subjects, output.modalities, height, spacing, notice)
         else:
-            write = {"nifti": _write_nifti, "dicom": _write_dicom}[format]
             for entry, subject, label in subjects:
-                (temporary / entry["name"]).mkdir()
-                grey = np.rint(subject * 65535).astype(np.uint16)
-                pictures = dict(zip(output.modalities, grey, strict=True))
-                entry["files"] = write(temporary, entry["name"], pictures, label, spacing, notice)
+                grey = dict(zip(output.modalities, np.rint(subject * 65535).astype(np.uint16), strict=True))
+                entry["files"] = _write_subject(temporary, entry["name"], grey, label, spacing, notice, format)
         names = [subject["name"] for subject in manifest["subjects"][:SHEET_SUBJECTS]]
         shown = slice(0, SHEET_SUBJECTS)
         contact_sheet(images[shown], masks[shown], output.modalities, names, temporary / "sheet.png", outline_all=False)
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return folder
 
 
@@ -226,30 +217,38 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _stem(modality: str) -> str:
+def _file_word(modality: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", modality.lower())
 
 
-def _write_nifti(
-    root: Path, name: str, pictures: dict[str, np.ndarray], label: np.ndarray, spacing: tuple[float, float], notice: str
+def _write_subject(
+    root: Path,
+    name: str,
+    images: dict[str, np.ndarray],
+    label: np.ndarray,
+    spacing: tuple[float, float],
+    notice: str,
+    format: str,
 ) -> dict[str, dict[str, str]]:
-    files = {
-        modality: _write_image(root, f"{name}/{name}_{_stem(modality)}", image, image, spacing, notice)
-        for modality, image in pictures.items()
-    }
-    return files | {MASK: _write_image(root, f"{name}/{name}_seg", label, label * 255, spacing, notice)}
+    """Write one subject's folder. Returns the files of each modality and the mask, relative to `root`."""
+    (root / name).mkdir()
+    stems = {key: f"{name}/{name}_{_file_word(key)}" for key in images} | {MASK: f"{name}/{name}_seg"}
+    if format == "dicom":
+        files = [root / f"{stem}.dcm" for stem in stems.values()]
+        write_dicom(files, images, label, name, spacing, notice, package_versions()["dldm_pipeline"])
+        return {key: {"dicom": f"{stem}.dcm"} for key, stem in stems.items()}
+    for stem, pixels in zip(stems.values(), (*images.values(), label), strict=True):
+        _write_nifti(root / f"{stem}.nii.gz", pixels, spacing, notice)
+        text = PngInfo()
+        text.add_text("Synthetic", "true")
+        text.add_text("Description", notice)
+        Image.fromarray(pixels * 255 if pixels is label else pixels).save(root / f"{stem}.png", pnginfo=text)
+    return {key: {"nifti": f"{stem}.nii.gz", "png": f"{stem}.png"} for key, stem in stems.items()}
 
 
-def _write_image(
-    root: Path, stem: str, voxels: np.ndarray, pixels: np.ndarray, spacing: tuple[float, float], notice: str
-) -> dict[str, str]:
-    text = PngInfo()
-    text.add_text("Synthetic", "true")
-    text.add_text("Description", notice)
-    Image.fromarray(pixels).save(root / f"{stem}.png", pnginfo=text)
-
+def _write_nifti(path: Path, pixels: np.ndarray, spacing: tuple[float, float], notice: str) -> None:
     # NIfTI's axes point right, anterior and superior; the image's rows run to posterior and its columns to the left.
-    volume = voxels.T[::-1, ::-1, None]
+    volume = pixels.T[::-1, ::-1, None]
     affine = np.diag([spacing[1], spacing[0], 1.0, 1.0])
     affine[:2, 3] = [-(volume.shape[0] - 1) / 2 * spacing[1], -(volume.shape[1] - 1) / 2 * spacing[0]]
     nifti = nib.Nifti1Image(volume, affine)
@@ -257,147 +256,14 @@ def _write_image(
     nifti.header["descrip"] = b"SYNTHETIC image (dldm_pipeline). Not for diagnosis."
     comment = json.dumps({"synthetic": True, "notice": notice})
     nifti.header.extensions.append(nib.nifti1.Nifti1Extension("comment", comment.encode()))
-    nib.save(nifti, root / f"{stem}.nii.gz")
-    return {"nifti": f"{stem}.nii.gz", "png": f"{stem}.png"}
-
-
-def _write_dicom(
-    root: Path, name: str, pictures: dict[str, np.ndarray], label: np.ndarray, spacing: tuple[float, float], notice: str
-) -> dict[str, dict[str, str]]:
-    from pydicom.uid import generate_uid
-
-    now = datetime.datetime.now()
-    # Subjects of two exports share their names and must not become one patient in an archive.
-    digest = hashlib.sha256(b"".join(image.tobytes() for image in (*pictures.values(), label))).hexdigest()
-    common = {
-        "SpecificCharacterSet": "ISO_IR 192",
-        "PatientName": f"SYNTHETIC^{name}",
-        "PatientID": f"{name}-{digest[:8]}",
-        "PatientBirthDate": "",
-        "PatientSex": "",
-        "PatientComments": notice,
-        "StudyInstanceUID": generate_uid(),
-        "StudyDate": now.strftime("%Y%m%d"),
-        "StudyTime": now.strftime("%H%M%S"),
-        "StudyID": "1",
-        "StudyDescription": "SYNTHETIC, not for diagnosis",
-        "AccessionNumber": "",
-        "ReferringPhysicianName": "",
-        "FrameOfReferenceUID": generate_uid(),
-        "PositionReferenceIndicator": "",
-        "SyntheticData": "YES",
-        "ContentQualification": "RESEARCH",
-    }
-    files, images = {}, []
-    for number, (modality, image) in enumerate(pictures.items(), start=1):
-        images.append(_dicom_image(common, modality, number, image, spacing, notice))
-        files[modality] = {"dicom": f"{name}/{name}_{_stem(modality)}.dcm"}
-        images[-1].save_as(root / files[modality]["dicom"], enforce_file_format=True)
-    files[MASK] = {"dicom": f"{name}/{name}_seg.dcm"}
-    _dicom_segmentation(images, label).save_as(root / files[MASK]["dicom"], enforce_file_format=True)
-    return files
-
-
-def _dicom_image(
-    common: dict[str, str], modality: str, number: int, image: np.ndarray, spacing: tuple[float, float], notice: str
-) -> "Dataset":
-    """A DICOM MR image (PS3.3 A.4) that says of itself that no scanner acquired it."""
-    from pydicom import Dataset
-    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
-    from pydicom.valuerep import format_number_as_ds
-
-    height, width = image.shape
-    attributes = common | {
-        "SOPClassUID": MRImageStorage,
-        "SOPInstanceUID": generate_uid(),
-        "Modality": "MR",
-        "SeriesInstanceUID": generate_uid(),
-        "SeriesNumber": number,
-        "SeriesDescription": f"SYNTHETIC {modality}, not for diagnosis",
-        "InstanceNumber": 1,
-        "BodyPartExamined": "BRAIN",
-        "Manufacturer": "dldm_pipeline",
-        "ManufacturerModelName": "generative model, no scanner",
-        "SoftwareVersions": package_versions()["dldm_pipeline"],
-        "ImageType": ["DERIVED", "SECONDARY", "OTHER"],
-        "DerivationDescription": notice,
-        "ImageComments": notice,
-        "BurnedInAnnotation": "NO",
-        "LossyImageCompression": "00",
-        # What the standard asks of an MR image; there are no echoes to tell of, and RM is research mode.
-        "ScanningSequence": "RM",
-        "SequenceVariant": "NONE",
-        "ScanOptions": "",
-        "MRAcquisitionType": "2D",
-        "RepetitionTime": None,
-        "EchoTime": None,
-        "EchoTrainLength": None,
-        # DICOM's axes point left and posterior, as the image's columns and rows run.
-        "PatientPosition": "HFS",
-        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-        "ImagePositionPatient": [
-            format_number_as_ds(-(width - 1) / 2 * spacing[1]),
-            format_number_as_ds(-(height - 1) / 2 * spacing[0]),
-            0,
-        ],
-        "PixelSpacing": [format_number_as_ds(step) for step in spacing],
-        "SliceThickness": 1,
-        "SpacingBetweenSlices": 1,
-        "WindowCenter": 32768,
-        "WindowWidth": 65536,
-    }
-    dataset = Dataset()
-    for keyword, value in attributes.items():
-        setattr(dataset, keyword, value)
-    dataset.set_pixel_data(image, "MONOCHROME2", 16)
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    return dataset
-
-
-def _dicom_segmentation(images: list["Dataset"], label: np.ndarray) -> "Dataset":
-    """The mask as a DICOM Segmentation (PS3.3 A.51) of the first of the images, in a series of its own."""
-    import highdicom
-    from pydicom.sr.codedict import codes
-    from pydicom.uid import generate_uid
-
-    first = images[0]
-    segment = highdicom.seg.SegmentDescription(
-        segment_number=1,
-        segment_label="tumour",
-        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-        segmented_property_type=codes.SCT.Neoplasm,
-        algorithm_type="AUTOMATIC",
-        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name="dldm_pipeline", version=first.SoftwareVersions, family=codes.DCM.ArtificialIntelligence
-        ),
-    )
-    segmentation = highdicom.seg.Segmentation(
-        source_images=[first],
-        pixel_array=label[None],
-        segmentation_type="BINARY",
-        segment_descriptions=[segment],
-        series_instance_uid=generate_uid(),
-        series_number=len(images) + 1,
-        series_description="SYNTHETIC tumour segmentation, not for diagnosis",
-        sop_instance_uid=generate_uid(),
-        instance_number=1,
-        manufacturer=first.Manufacturer,
-        manufacturer_model_name=first.ManufacturerModelName,
-        software_versions=first.SoftwareVersions,
-        device_serial_number="none",
-        omit_empty_frames=False,
-    )
-    segmentation.SyntheticData = first.SyntheticData
-    segmentation.ContentQualification = first.ContentQualification
-    # highdicom calls the maker of the source images their acquisition equipment; nothing was acquired.
-    del segmentation.ContributingEquipmentSequence[0]
-    return segmentation
+    nib.save(nifti, path)
 
 
 def _write_dataset(
     root: Path,
     subjects: Iterable[tuple[dict, np.ndarray, np.ndarray]],
     modalities: list[str],
+    image_size: int,
     spacing: tuple[float, float],
     notice: str,
 ) -> None:
@@ -412,13 +278,8 @@ def _write_dataset(
         }
         for entry, images, label in subjects
     )
-    write_slices(rows, root, modalities)
-    (root / "README.md").write_text(
-        "---\npretty_name: Synthetic aligned multi-modal brain MRI slices\n"
-        "tags:\n- synthetic\n- mri\n- brain-tumor\n- dldm_pipeline\n---\n\n"
-        f"# Synthetic aligned multi-modal brain MRI slices\n\n{notice}\n\n"
-        f"Modalities: {', '.join(modalities)}, and the tumour mask; 16-bit, 0 to 65535 for [0, 1]. Split by subject.\n"
-        "`manifest.json` says how they were made. Columns: see `dldm_pipeline/data/slices.py`.\n\n"
-        "![contact sheet](sheet.png)\n",
-        encoding="utf-8",
-    )
+    summary = write_slices(rows, root, modalities)
+    title = "Synthetic aligned multi-modal brain MRI slices"
+    origin = f"{notice} `manifest.json` says how they were made."
+    card = data_card(title, modalities, image_size, summary, origin, "sheet.png", ["synthetic"])
+    write_text(root / "README.md", card)

@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from huggingface_hub import DatasetCardData
 from PIL import Image
 
 from dldm_pipeline.data.files import new_folder
@@ -73,8 +74,8 @@ def split_subjects(subjects: Iterable[str], val_fraction: float = 0.2, seed: int
 
     Args:
         subjects (`Iterable[str]`): Subject names; repetitions are ignored.
-        val_fraction (`float`, *optional*, defaults to 0.2): Share of the subjects for validation, in [0, 1). From two
-            subjects on, each side gets at least one, unless the fraction is 0.
+        val_fraction (`float`, *optional*, defaults to 0.2): Fraction of the subjects for validation, in [0, 1). From
+            two subjects on, each side gets at least one, unless the fraction is 0.
         seed (`int`, *optional*, defaults to 0): Another seed, another choice.
 
     Returns:
@@ -104,10 +105,9 @@ def write_slices(
 ) -> dict[str, dict[str, int]]:
     """Write rows as a data set folder, split by subject.
 
-    Rows are encoded as they come and memory does not grow with their number: they go to one temporary file first,
-    because the split is known only when the last subject is, and are then copied, still encoded, to their shards.
-    The work is done in a hidden folder beside `output` that takes its name at the end; if anything fails, or the user
-    interrupts, it is deleted and `output` is as it was before.
+    Rows are encoded as they come, so memory does not grow with their number: they go to one temporary file, and are
+    copied, still encoded, to their shards when the last subject, and with it the split, is known. The folder appears
+    complete or not at all.
 
     Args:
         rows (`Iterable[dict]`): One dictionary per slice: `subject` (str), `slice_index` (int), for each modality a
@@ -115,10 +115,10 @@ def write_slices(
             or `None` if unknown, and optionally `source` (str) and `pixel_spacing` (two numbers, mm). All of one size.
         output (`str` or `os.PathLike`): Folder to create; it must not exist, or be empty.
         modalities (`Sequence[str]`): Names of the modalities, in the order of the columns.
-        val_fraction (`float`, *optional*, defaults to 0.2): Share of the subjects that go to validation.
+        val_fraction (`float`, *optional*, defaults to 0.2): Fraction of the subjects that goes to validation.
         seed (`int`, *optional*, defaults to 0): Seed of the split.
         finish (`Callable[[Path, dict], None]`, *optional*): Called with the still hidden folder and the summary when
-            all rows are written, to add files to it (a data card, a contact sheet).
+            all rows are written, to add files to it ([`data_card`], a contact sheet).
 
     Returns:
         `dict`: For `"train"` and `"validation"`, the numbers of `"subjects"` and `"rows"`.
@@ -148,6 +148,55 @@ def write_slices(
         if finish is not None:
             finish(folder, summary)
     return summary
+
+
+def data_card(
+    title: str,
+    modalities: Sequence[str],
+    image_size: int,
+    summary: dict[str, dict[str, int]],
+    origin: str,
+    sheet: str,
+    tags: Sequence[str] = (),
+) -> str:
+    """The README.md of a data set: what the Hub and `datasets` need to know, and a reader.
+
+    Args:
+        title (`str`): Title.
+        modalities (`Sequence[str]`): Names of the modalities.
+        image_size (`int`): Height and width in pixels.
+        summary (`dict`): What [`write_slices`] returned.
+        origin (`str`): Markdown on where the slices come from.
+        sheet (`str`): Name of a contact sheet beside the card.
+        tags (`Sequence[str]`, *optional*): Further tags for the Hub.
+    """
+    splits = {split: counts for split, counts in summary.items() if counts["rows"]}
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    header = DatasetCardData(
+        pretty_name=title,
+        tags=[*tags, "mri", "brain-tumor", "dldm_pipeline"],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
+    table = "\n".join(f"| {split} | {counts['subjects']} | {counts['rows']} |" for split, counts in splits.items())
+    return f"""---
+{header.to_yaml()}
+---
+
+# {title}
+
+Modalities: {", ".join(modalities)}; {image_size}x{image_size} pixels, 16-bit, 0 to 65535 for [0, 1].
+Split by subject. Columns: see `dldm_pipeline/data/slices.py`.
+
+| split | subjects | slices |
+|---|---|---|
+{table}
+
+![contact sheet]({sheet})
+
+## Origin
+
+{origin}
+"""
 
 
 def _encode(array: np.ndarray) -> dict[str, Any]:

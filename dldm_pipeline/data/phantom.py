@@ -1,19 +1,7 @@
 """Simulated brain-metastasis subjects: one axial slice, five aligned contrasts, the tumour mask and the truth behind.
 
-Anatomy: the grey matter, white matter and T1 maps of the ICBM 2009a nonlinear symmetric atlas, which nilearn ships and
-loads offline. The maps are averages of 152 brains and therefore blurred; they are sharpened here, then tilted, bent by
-a smooth diffeomorphism and given one to five metastases with oedema, and vessels. Contrast: the MR signal equations.
-
-Atlas licence: "Copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute,
-McGill University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose
-and without fee is hereby granted, provided that the above copyright notice appear in all copies." Cite Fonov et al.,
-NeuroImage 54 (2011) 313, doi 10.1016/j.neuroimage.2010.07.033. No atlas file is copied into this package.
-
-Tissue values (3 T): Wansapura et al., JMRI 9 (1999) 531 (white and grey matter); Stanisz et al., MRM 54 (2005) 507;
-Lu et al., MRM 52 (2004) 679 (blood); Lin et al., JMRI 13 (2001) 114 and Rooney et al., MRM 57 (2007) 308
-(cerebrospinal fluid); Rohrer et al., Invest. Radiol. 40 (2005) 715 (relaxivity of contrast agents); signal equations:
-Bernstein, King and Zhou, Handbook of MRI Pulse Sequences (2004). Oedema and tumour lie in the range of the clinical
-literature, which is wide.
+Anatomy: an atlas (`atlas.py`), tilted, bent by a smooth diffeomorphism and given one to five metastases with oedema, and
+vessels. Contrast: the MR signal equations (`mr_signal.py`).
 """
 
 import math
@@ -22,44 +10,17 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 from tqdm.auto import tqdm
 
+from dldm_pipeline.data.atlas import interpolate, load_atlas
+from dldm_pipeline.data.mr_signal import SEQUENCES, TISSUES, sample_sequence, sample_tissue_values, signal
 from dldm_pipeline.data.slices import write_slices
-from dldm_pipeline.modalities import DEFAULT_MODALITIES
+from dldm_pipeline.modalities import DEFAULT_MODALITIES, check_modalities
 
-TISSUES = ("white", "grey", "csf", "vessel", "oedema", "enhancing", "necrosis")
-
-# T1 and T2 in ms, relative proton density, and contrast agent taken up (mmol/l) some minutes after injection.
-TISSUE_VALUES = {
-    "white": (840.0, 76.0, 0.70, 0.01),
-    "grey": (1380.0, 98.0, 0.82, 0.03),
-    "csf": (4200.0, 1700.0, 1.00, 0.0),
-    "vessel": (1800.0, 90.0, 0.85, 0.65),
-    "oedema": (1450.0, 165.0, 0.87, 0.02),
-    "enhancing": (1600.0, 125.0, 0.85, 0.38),
-    "necrosis": (2000.0, 260.0, 0.93, 0.05),
-}
-RELAXIVITY_R1, RELAXIVITY_R2 = 4.5, 5.5  # per second and mmol/l, gadolinium chelates at 3 T
-
-# Times in ms, flip angle in degrees. `flow` is the part of the blood signal that survives (spin echo: outflow; black
-# blood: flow-sensitive dephasing). `headroom`: top of the window over the brightest healthy tissue. It puts healthy tissue
-# where `volumes.py` puts that of real scans: the 95th percentile of the brain (T2: the 98th) of ten BraTS 2021 scans has the
-# median 0.77 in T1, 0.76 in T2, 0.70 in FLAIR and 0.63 with contrast agent (`benchmarks/windows.py`).
-SEQUENCES = {
-    "T1": dict(kind="spin echo", TR=520.0, TE=10.0, contrast=False, flow=0.45, headroom=1.27),
-    "T2": dict(kind="spin echo", TR=4800.0, TE=100.0, contrast=False, flow=0.15, headroom=1.22),
-    "FLAIR": dict(kind="inversion recovery", TR=9000.0, TE=115.0, TI=2500.0, contrast=False, flow=0.15, headroom=1.69),
-    "WB": dict(kind="gradient echo", TR=8.0, TE=3.0, flip=14.0, contrast=True, flow=1.0, headroom=1.58),
-    "BB": dict(kind="spin echo", TR=560.0, TE=14.0, contrast=True, flow=0.04, headroom=1.53),
-}
-
-# Corners of the part of the atlas that is kept, MNI mm: the whole brain across, more levels than a tilted slice needs.
-_KEPT = np.array([[-78.0, -114.0, -40.0], [78.0, 80.0, 76.0]])
 # Anatomy is computed on about this many pixels across, then averaged down: anti-aliased, and the same at every size.
 _SUPERSAMPLED = 256
 POINT_SPREAD = 0.6  # standard deviation in pixels of the acquisition
@@ -107,14 +68,14 @@ def simulate_subject(
         np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2 + len(SEQUENCES))
     )
     factors = {}
-    tissues, textures, pixel_spacing = _draw_anatomy(anatomy, size, factors)
+    tissues, textures, pixel_spacing = _sample_anatomy(anatomy, size, factors)
     brain = sum(tissues.values())
     inside = brain >= 0.5
     for name in tissues:
         tissues[name] *= inside
     mask = ((tissues["enhancing"] + tissues["necrosis"] >= 0.5 * brain) & inside).astype(np.uint8)
 
-    values = _draw_tissue_values(acquisition, factors)
+    values = sample_tissue_values(acquisition, factors)
     axis = np.linspace(1, 4, size)
     coils = 0.035 * _smooth_field(acquisition.normal(size=(6, 6)), axis, axis)
     coils = coils + 0.01 * _smooth_field(acquisition.normal(size=(len(SEQUENCES), 6, 6)), axis, axis)
@@ -122,10 +83,10 @@ def simulate_subject(
     images = []
     for name, coil, noise_rng in zip(SEQUENCES, coils, noise, strict=True):
         # Draw for every sequence, wanted or not: the order of the draws must not depend on the choice.
-        sequence = _draw_sequence(acquisition, name, factors)
+        sequence = sample_sequence(acquisition, name, factors)
         if name not in modalities:
             continue
-        signals = {tissue: _signal(sequence, tissue, *values[tissue]) for tissue in TISSUES}
+        signals = {tissue: signal(sequence, tissue, *values[tissue]) for tissue in TISSUES}
         image = sum(np.float32(signals[t]) * tissues[t] * textures.get(t, 1) for t in TISSUES)
         if name in ("T2", "FLAIR"):  # iron in the deep grey nuclei shortens T2
             image -= np.float32(0.16 * signals["grey"]) * tissues["grey"] * textures["iron"]
@@ -226,66 +187,12 @@ def _row(job: tuple) -> dict:
 def _check(size: int, modalities: tuple[str, ...]) -> None:
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 32 <= size <= 1024:
         raise ValueError(f"size is {size!r}; give a whole number of pixels from 32 to 1024, such as 64, 128 or 256.")
-    if not modalities:
-        raise ValueError(f"modalities is empty; name at least one of {', '.join(SEQUENCES)}.")
-    for name in modalities:
+    for name in check_modalities(modalities):
         if name not in SEQUENCES:
-            raise ValueError(
-                f"modalities names {name!r}, which cannot be simulated; choose from {', '.join(SEQUENCES)}."
-            )
-    if len(set(modalities)) < len(modalities):
-        raise ValueError(f"modalities names one twice: {', '.join(modalities)}; name each once.")
+            raise ValueError(f"{name!r} in modalities cannot be simulated; choose from {', '.join(SEQUENCES)}.")
 
 
-@lru_cache(maxsize=1)
-def load_atlas() -> tuple[np.ndarray, np.ndarray]:
-    """Sharpened atlas, computed once per process (about 4 s).
-
-    Returns:
-        maps: (X, Y, Z, 4) float32 at 1 mm: fluid and white matter, both as signed evidence (positive inside, about one
-            unit at 1 mm from the border); depth below the brain's surface in mm (negative outside); distance from the
-            lateral ventricles in mm.
-        origin: (3,) MNI coordinates in mm of voxel (0, 0, 0).
-    """
-    from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template  # slow import
-
-    template = load_mni152_template(resolution=1)
-    first, last = (_KEPT - template.affine[:3, 3]).astype(int)
-    keep = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
-    t1, grey, white = (
-        image.get_fdata(dtype=np.float32)[keep]
-        for image in (template, load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1))
-    )
-
-    # The brain with its sulci closed and a thin film of fluid around it, as skull stripping leaves it.
-    brain = ndimage.binary_closing(t1 > 0, iterations=4)
-    brain = ndimage.gaussian_filter(brain.astype(np.float32), 2.0) > 0.45
-    depth = ndimage.distance_transform_edt(brain) - ndimage.distance_transform_edt(~brain)
-    depth = ndimage.gaussian_filter(depth.astype(np.float32), 1.0)
-
-    # The class maps hardly know the narrow sulci; the T1 average does, once its blur is undone (unsharp mask).
-    filled = np.where(t1 > 0, t1, 0.35)
-    sharp = filled + 1.6 * (filled - ndimage.gaussian_filter(filled, 2.0))
-    fluid = np.maximum((0.56 - sharp) / 0.10, 8 * (0.5 - (grey + white)))
-    fluid = np.maximum(fluid, 0.2 - depth)
-
-    # Between ventricle and white matter the blur passes through grey: a rim that no brain has. Opening takes the rim
-    # away and leaves the nuclei, which are thick; near the ventricles only, for the cortex is thin too.
-    pools, _ = ndimage.label(ndimage.binary_opening((grey + white < 0.5) & (depth > 18)))
-    ventricles = pools == np.bincount(pools.ravel())[1:].argmax() + 1  # the lateral ones make the largest pool
-    near = ndimage.binary_dilation(pools > 0, iterations=5)
-    opened = ndimage.grey_opening(grey, size=(4, 4, 4))
-    white = np.where(near, white + (grey - opened), white)
-    grey = np.where(near, opened, grey)
-    ratio = white / (white + grey + 1e-3)
-    ratio = ratio + 1.0 * (ratio - ndimage.gaussian_filter(ratio, 2.0))
-    matter = (ratio - 0.5) / 0.22
-    away = ndimage.distance_transform_edt(~ventricles) - 0.5
-    maps = np.stack([np.clip(fluid, -4, 4), np.clip(matter, -4, 4), depth, away], axis=-1).astype(np.float32)
-    return maps, _KEPT[0]
-
-
-def _draw_anatomy(
+def _sample_anatomy(
     rng: np.random.Generator, size: int, factors: dict
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], tuple[float, float]]:
     """Tissue fractions and smooth within-tissue variation, both (size, size), and the pixel spacing."""
@@ -315,7 +222,7 @@ def _draw_anatomy(
 
     # Where is the brain? A coarse look, then the field of view that it fills to the wanted part.
     axis = np.linspace(-115, 115, _SCOUT)
-    inside = _sample(maps, place(axis, axis).reshape(3, -1))[:, 2].reshape(_SCOUT, _SCOUT) > 0
+    inside = interpolate(maps, place(axis, axis).reshape(3, -1))[:, 2].reshape(_SCOUT, _SCOUT) > 0
     rows, columns = axis[inside.any(1)], axis[inside.any(0)]
     step = axis[1] - axis[0]
     field_of_view = (max(np.ptp(rows), np.ptp(columns)) + step) / fill
@@ -325,15 +232,15 @@ def _draw_anatomy(
     factors["field_of_view_mm"] = field_of_view
 
     where = place(rows, columns)
-    sampled = np.ascontiguousarray(_sample(maps, where.reshape(3, -1)).T)
+    sampled = np.ascontiguousarray(interpolate(maps, where.reshape(3, -1)).T)
     fluid, matter, depth, away = sampled.reshape(4, pixels, pixels)
     ripples = _smooth_field(fine, rows / 6 + 29.5, columns / 6 + 29.5)
     fluid = np.maximum(fluid + fluid_bias + 0.2 * ripples[0], ventricle_growth - away)
     csf = _sigmoid(1.7 * fluid)
     white = (1 - csf) * _sigmoid(1.9 * (matter + white_bias + 0.15 * ripples[1]))
     tissues = {"white": white, "grey": 1 - csf - white, "csf": csf}
-    lesions = _draw_lesions(rng, rows, columns, tissues, depth, ripples[2:], factors)
-    vessel = _draw_vessels(rng, rows, np.where(away < 6, 0, csf), depth, where[0] + origin[0], factors)
+    lesions = _sample_lesions(rng, rows, columns, tissues, depth, ripples[2:], factors)
+    vessel = _sample_vessels(rng, rows, np.where(away < 6, 0, csf), depth, where[0] + origin[0], factors)
     vessel = vessel * (1 - lesions["enhancing"] - lesions["necrosis"])
     for name in tissues:
         tissues[name] = tissues[name] * (1 - lesions["enhancing"] - lesions["necrosis"] - vessel)
@@ -355,7 +262,7 @@ def _draw_anatomy(
     return tissues, textures, (field_of_view / size,) * 2
 
 
-def _draw_lesions(
+def _sample_lesions(
     rng: np.random.Generator,
     rows: np.ndarray,
     columns: np.ndarray,
@@ -427,7 +334,7 @@ def _wobble(rng: np.random.Generator, angle: np.ndarray, amount: float) -> np.nd
     return np.interp(angle, turn, np.clip(outline, 0.6, 1.5)).astype(np.float32)
 
 
-def _draw_vessels(
+def _sample_vessels(
     rng: np.random.Generator,
     rows: np.ndarray,
     csf: np.ndarray,
@@ -480,50 +387,6 @@ def _paint_tube(canvas: np.ndarray, path: np.ndarray, radius: float) -> None:
     np.maximum(window, np.clip(radius + 0.5 - distance, 0, 1), out=window)
 
 
-def _draw_tissue_values(rng: np.random.Generator, factors: dict) -> dict[str, tuple[float, float, float, float]]:
-    """T1, T2, proton density and agent of each tissue in this subject, a few per cent around `TISSUE_VALUES`."""
-    values = {}
-    agent = rng.normal(1, 0.08)  # dose and delay after injection, common to all tissues
-    for tissue, mean in TISSUE_VALUES.items():
-        spread = (
-            (0.05, 0.06, 0.02, 0.08) if tissue in ("oedema", "enhancing", "necrosis") else (0.025, 0.03, 0.01, 0.05)
-        )
-        drawn = [m * np.clip(rng.normal(1, s), 1 - 2.5 * s, 1 + 2.5 * s) for m, s in zip(mean, spread, strict=True)]
-        drawn[3] *= agent
-        values[tissue] = tuple(drawn)
-        factors.update(
-            {f"{tissue}_{key}": v for key, v in zip(("T1_ms", "T2_ms", "PD", "agent_mM"), drawn, strict=True)}
-        )
-    factors["noise"] = float(rng.uniform(0.012, 0.018))
-    return values
-
-
-def _draw_sequence(rng: np.random.Generator, name: str, factors: dict) -> dict:
-    """The sequence with timings, and top of window, off by a few per cent: another scanner."""
-    sequence = dict(SEQUENCES[name])
-    for key in ("TR", "TE", "TI", "flip", "headroom"):
-        if key in sequence:
-            sequence[key] *= float(np.clip(rng.normal(1, 0.02), 0.95, 1.05))
-            factors[f"{name}_{key}"] = sequence[key]
-    return sequence
-
-
-def _signal(sequence: dict, tissue: str, t1: float, t2: float, density: float, agent: float) -> float:
-    """Magnitude of the steady-state signal; times in ms, agent in mmol/l."""
-    if sequence["contrast"]:
-        t1 = 1 / (1 / t1 + RELAXIVITY_R1 * agent / 1000)
-        t2 = 1 / (1 / t2 + RELAXIVITY_R2 * agent / 1000)
-    decay, recovery = np.exp(-sequence["TE"] / t2), np.exp(-sequence["TR"] / t1)
-    if sequence["kind"] == "spin echo":
-        signal = density * (1 - recovery) * decay
-    elif sequence["kind"] == "inversion recovery":
-        signal = density * abs(1 - 2 * np.exp(-sequence["TI"] / t1) + recovery) * decay
-    else:  # spoiled gradient echo (Ernst); T2* about half of T2
-        flip = np.deg2rad(sequence["flip"])
-        signal = density * np.sin(flip) * (1 - recovery) / (1 - np.cos(flip) * recovery) * decay**2
-    return float(signal * (sequence["flow"] if tissue == "vessel" else 1))
-
-
 def _smooth_field(coefficients: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Cubic B-spline surfaces with random coefficients (..., n, n), about unit variance, at rows x columns (in knots)."""
 
@@ -544,25 +407,6 @@ def _unfolding(warp: np.ndarray) -> float:
     while ((1 - scale * yy) * (1 + scale * xx) + scale**2 * yx * xy).min() < 0.35:
         scale *= 0.85
     return scale
-
-
-def _sample(maps: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Trilinear interpolation of maps (X, Y, Z, C) at voxel coordinates (3, N), all C at once: (N, C).
-
-    Reads each corner's C values together, which is several times faster than `map_coordinates` map by map.
-    """
-    where = np.clip(where, 0, np.array(maps.shape[:3])[:, None] - 1.001).astype(np.float32)
-    corner = where.astype(np.int32)
-    (x1, y1, z1) = part = where - corner
-    x0, y0, z0 = 1 - part
-    base, flat = np.ravel_multi_index(corner, maps.shape[:3]), maps.reshape(-1, maps.shape[3])
-    across, up = maps.shape[1] * maps.shape[2], maps.shape[2]
-    values = np.zeros((where.shape[1], maps.shape[3]), dtype=np.float32)
-    for along_x, weight_x in ((0, x0), (across, x1)):
-        for along_y, weight_xy in ((0, weight_x * y0), (up, weight_x * y1)):
-            for along_z, weight in ((0, weight_xy * z0), (1, weight_xy * z1)):
-                values += weight[:, None] * flat.take(base + (along_x + along_y + along_z), axis=0)
-    return values
 
 
 def _shrink(image: np.ndarray, size: int) -> np.ndarray:

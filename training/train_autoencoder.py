@@ -182,11 +182,11 @@ def main(argv: list[str] | None = None) -> None:
         write_model_card(
             output_dir,
             "Disentangled autoencoder",
-            f"A `DisentangledAutoencoder` for {', '.join(train_set.modalities)} at {args.resolution}x{args.resolution}, "
-            f"trained on {len(train_set)} slices.",
+            f"A `DisentangledAutoencoder` for {', '.join(train_set.modalities)} at {args.resolution}x{args.resolution}.",
             {**figures, "validation slices": len(validation_loader.dataset)},
             args.shown(),
             {"real, rebuilt, and rebuilt with another subject's styles": "samples.png"},
+            training_data=f"{len(train_set)} slices.",
         )
         print(f"{output_dir}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     accelerator.end_training()

@@ -215,12 +215,12 @@ def main(argv: list[str] | None = None) -> None:
         write_model_card(
             output_dir,
             "Disentangled latent diffusion of brain MRI",
-            f"A `DLDMPipeline` for {', '.join(modalities)} at {size}x{size} whose decoder was trained once more, on "
-            f"{len(train_set)} slices and {args.generated_subjects} generated structures.",
+            f"A `DLDMPipeline` for {', '.join(modalities)} at {size}x{size} whose decoder was trained once more.",
             {**figures, "validation slices": len(validation_loader.dataset)},
             args.shown(),
             {"real, rebuilt, and rebuilt with another subject's styles": "samples.png"},
             tags=["diffusers", "DLDMPipeline"],
+            training_data=f"{len(train_set)} slices, and {args.generated_subjects} generated structures.",
         )
         print(f"{output_dir}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     accelerator.end_training()

@@ -298,7 +298,7 @@ def write_card(
         "Disentangled latent diffusion of brain MRI",
         f"A `DLDMPipeline` that generates aligned brain slices of one synthetic subject in {', '.join(train_set.modalities)} "
         f'at {size}x{size} with the tumour mask, after Na et al., "Generation of Multi-modal Brain Tumor MRIs with '
-        f'Disentangled Latent Diffusion Model" (MIDL 2023). Trained on {len(train_set)} slices of {source}.\n\n'
+        'Disentangled Latent Diffusion Model" (MIDL 2023).\n\n'
         "```python\nimport torch\nfrom dldm_pipeline import DLDMPipeline\n\n"
         f'pipe = DLDMPipeline.from_pretrained("{output_dir.name}")\n'
         "output = pipe(num_subjects=8, generator=torch.Generator().manual_seed(0))\n```",
@@ -312,6 +312,7 @@ def write_card(
         },
         {"generated subjects above, real ones below": "samples.png"},
         tags=["diffusers", "DLDMPipeline"],
+        training_data=f"{len(train_set)} slices of {source}.",
     )
 
 

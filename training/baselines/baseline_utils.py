@@ -249,6 +249,7 @@ def finish(
     title: str,
     description: str,
     training: dict[str, float | int | str],
+    training_data: str,
 ) -> None:
     """Offer the last model, then write card and sheet of the one that was kept.
 
@@ -261,6 +262,7 @@ def finish(
         title: of the card.
         description: Markdown.
         training: more figures of the run.
+        training_data: for the card.
     """
     output_dir = Path(args.output_dir)
     selection.offer(model, clock)
@@ -283,6 +285,7 @@ def finish(
             **args.shown(),
         },
         {"generated subjects above, real ones below": "samples.png"},
+        training_data=training_data,
     )
     kept = "the last model" if selection.best is None else f"step {selection.best['step']} of {clock.step}"
     print(f"{output_dir}: kept {kept}" + "".join(f", {name} {value:.4f}" for name, value in figures.items()))

@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
                 "denoiser parameters": round(parameters[1] * 1e6),
                 "PSNR of held-out images (dB)": rebuilding_psnr(model, held_out),
             },
+            f"{len(train_set)} slices.",
         )
     accelerator.end_training()
 

@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
                 "generator parameters": round(parameters[0] * 1e6),
                 "discriminator parameters": round(parameters[1] * 1e6),
             },
+            f"{len(slices)} slices.",
         )
     accelerator.end_training()
 

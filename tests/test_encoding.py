@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dldm_pipeline import BUNDLED_CHECKPOINT, DisentangledAutoencoder
+from dldm_pipeline.data.phantom import simulate_subject
+from dldm_pipeline.data.slices import SliceDataset, write_slices
+from dldm_pipeline.encoding import (
+    encode_dataset,
+    encode_mixed,
+    measure_latents,
+    measure_noise,
+    random_style_donors,
+    random_subset,
+    validate_autoencoder,
+)
+
+NAMES = ("T1", "T2", "WB")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def batch(size=4, complete=True):
+    present = torch.ones(size, 3, dtype=torch.bool)
+    if not complete:
+        present[0, 0] = False
+    return {"images": torch.rand(size, 3, 32, 32), "present": present, "mask": torch.zeros(size, 32, 32)}
+
+
+# One batch
+
+
+def test_subsets_are_non_empty_and_of_what_is_present():
+    present = torch.rand(500, 5) < 0.5
+    present[~present.any(dim=1), 0] = True
+    subset = random_subset(present)
+    assert subset.any(dim=1).all() and not (subset & ~present).any()
+    complete = random_subset(torch.ones(2000, 5, dtype=torch.bool))
+    counts = torch.bincount(complete.sum(dim=1), minlength=6)[1:]
+    assert (counts[1:] > 140).all() and counts[0] > 1100  # one alone in six of ten, the other sizes equally likely
+
+
+def test_styles_come_from_the_same_modality_of_subjects_that_have_it():
+    present = torch.rand(64, 4) < 0.7
+    donors = random_style_donors(present, 1.0)
+    own = torch.arange(64)[:, None]
+    exchanged = donors != own
+    assert present.gather(0, donors)[exchanged].all()
+    assert exchanged.float().mean() > 0.5
+    assert torch.equal(random_style_donors(present, 0.0), own.expand(64, 4))
+
+
+def test_structures_and_styles_are_those_of_the_posteriors(tiny_autoencoder):
+    subjects = batch(16)
+    for model_part in (tiny_autoencoder.structure_out, tiny_autoencoder.style_out):  # no noise: samples are modes
+        half = model_part[-1].bias.shape[0] // 2
+        model_part[-1].weight.data[half:], model_part[-1].bias.data[half:] = 0, -30
+    with torch.no_grad():
+        for mix, subset in ((0.0, 0.0), (1.0, 1.0)):
+            structure, styles, full, some = encode_mixed(
+                tiny_autoencoder, subjects["images"], subjects["present"], mix, subset
+            )
+            source = some if subset else full
+            torch.testing.assert_close(structure, source.structure_dist.mode(), rtol=0, atol=1e-3)
+            own = full.style_dist.mode()
+            same = (styles[:, None] - own[None]).abs().amax(dim=-1) < 1e-3  # subject, donor, modality
+            assert same.any(dim=1).all()
+            is_own = same[torch.arange(16), torch.arange(16)]
+            assert is_own.all() if not mix else is_own.float().mean() < 0.3
+
+
+# A whole data set
+
+
+@torch.no_grad()
+def test_offsets_make_the_mean_structure_of_one_modality_that_of_all(tiny_autoencoder):
+    batches = [batch(), batch(complete=False), batch()]
+    measure_latents(tiny_autoencoder, batches)
+    difference = 0
+    for subjects in batches:  # every slice that has T1 is complete, so the mean is exactly that of all
+        alone = torch.zeros(4, 3, dtype=torch.bool)
+        alone[:, 0] = True
+        full, single = (
+            output.structure_dist.mode()
+            for output in tiny_autoencoder.encode_subsets(subjects["images"], [subjects["present"], alone])
+        )
+        difference = difference + (single - full)[subjects["present"].all(dim=1)].sum(dim=0)
+    assert difference.abs().max() < 1e-3 < tiny_autoencoder.structure_offset.abs().max()
+
+
+@torch.no_grad()
+def test_normalised_latents_have_zero_mean_and_unit_deviation(tiny_autoencoder):
+    batches = [batch(), batch()]
+    measure_latents(tiny_autoencoder, batches)
+    outputs = [tiny_autoencoder.encode(subjects["images"]) for subjects in batches]
+    structure = torch.cat([tiny_autoencoder.normalize_structure(o.structure_dist.mode()) for o in outputs])
+    style = torch.cat([tiny_autoencoder.normalize_style(o.style_dist.mode()) for o in outputs]).flatten(0, 1)
+    for z in (structure.transpose(0, 1).flatten(1), style.T):
+        torch.testing.assert_close(z.mean(dim=1), torch.zeros(len(z)), rtol=0, atol=1e-3)
+        torch.testing.assert_close(z.std(dim=1, unbiased=False), torch.ones(len(z)), rtol=1e-2, atol=0)
+
+
+def test_measured_noise_is_that_of_the_images():
+    model = DisentangledAutoencoder.from_pretrained(BUNDLED_CHECKPOINT / "autoencoder")
+    subjects = [simulate_subject((3, i), 128, model.config.modalities) for i in range(32)]
+    images, present = torch.from_numpy(np.stack([s.images for s in subjects])), torch.ones(32, 5, dtype=torch.bool)
+    present[:16, 1] = False
+    images[:16, 1] = torch.rand(16, 128, 128)  # what stands in place of a missing modality does not matter
+    measure_noise(model, [{"images": images[rows], "present": present[rows]} for rows in torch.arange(32).split(8)])
+    true = np.array([s.factors["noise"] for s in subjects])
+    expected = [true.mean(), true[16:].mean(), true.mean(), true.mean(), true.mean()]
+    np.testing.assert_allclose(model.config.noise_level, expected, rtol=0.07)
+
+
+def test_validation_gives_the_psnr_and_a_picture(tiny_autoencoder, tmp_path):
+    subjects = batch(complete=False)
+    with torch.no_grad():
+        rebuilt = tiny_autoencoder(subjects["images"], subjects["present"]).sample.clamp(0, 1)
+    figures = validate_autoencoder(tiny_autoencoder, [subjects], tmp_path / "sheet.png")
+    errors = (rebuilt - subjects["images"]).square().mean(dim=(2, 3))
+    assert figures["PSNR T2 (dB)"] == pytest.approx(-10 * errors[:, 1].log10().mean().item(), rel=1e-4)
+    assert figures["PSNR T1 (dB)"] == pytest.approx(-10 * errors[1:, 0].log10().mean().item(), rel=1e-4)
+    assert figures["PSNR (dB)"] == pytest.approx(np.mean([figures[f"PSNR {name} (dB)"] for name in NAMES]))
+    assert Image.open(tmp_path / "sheet.png").size[1] > 9 * 32
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    random = np.random.default_rng(0)
+    rows = [
+        {"subject": f"s{i}", "slice_index": i, **{name: random.random((32, 32)).astype(np.float32) for name in NAMES}}
+        for i in range(5)
+    ]
+    write_slices(rows, tmp_path / "data", NAMES)
+    return SliceDataset(tmp_path / "data", "train")
+
+
+def test_latents_are_encoded_once_and_are_those_of_the_autoencoder(dataset, tiny_autoencoder, tmp_path):
+    tiny_autoencoder.save_pretrained(tmp_path / "autoencoder")
+    sources = [tmp_path / "data", tmp_path / "autoencoder"]
+
+    def encode(mirror=True):
+        return encode_dataset(dataset, tiny_autoencoder, mirror, tmp_path / "cache", sources, show_progress=False)
+
+    latents = encode()
+    assert latents.structure.shape == (4, 2, 4, 4, 4) and latents.style.shape == (4, 2, 3, 3)
+    item = dataset[2]
+    for view, images in enumerate((item["images"], item["images"].flip(-1))):
+        posterior = tiny_autoencoder.encode(images[None], item["present"][None])
+        expected = tiny_autoencoder.normalize_structure(posterior.structure_dist.mode())[0]
+        torch.testing.assert_close(latents.structure[2, view].float(), expected, rtol=1e-2, atol=1e-2)
+        expected = tiny_autoencoder.normalize_style(posterior.style_dist.mode())[0]
+        torch.testing.assert_close(latents.style[2, view].float(), expected, rtol=1e-2, atol=1e-2)
+
+    kept = list((tmp_path / "cache").iterdir())
+    assert len(kept) == 1 and kept[0].suffix == ".safetensors"
+    tiny_autoencoder.encoder_in.weight.data.zero_()  # not asked again
+    assert torch.equal(encode().structure, latents.structure)
+    tiny_autoencoder.save_pretrained(tmp_path / "autoencoder")  # another autoencoder, other latents
+    assert not torch.equal(encode().structure, latents.structure)
+    assert encode(mirror=False).structure.shape[1] == 1

@@ -17,33 +17,37 @@ The figures are plain functions of numpy arrays. `encode_subjects` and `evaluate
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+Images = TypeVar("Images", np.ndarray, torch.Tensor)
 
-def psnr(real: np.ndarray, rebuilt: np.ndarray) -> np.ndarray:
+
+def psnr(real: Images, rebuilt: Images) -> Images:
     """Peak signal-to-noise ratio in dB over the whole image, for a data range of 1.
 
     `10 log10(1 / mean((real - rebuilt)²))`, with the background counted like every other pixel. Identical images give
     infinity.
 
     Args:
-        real, rebuilt: arrays of the same shape (..., H, W), intensities in [0, 1].
+        real, rebuilt: arrays or tensors of the same shape (..., H, W), intensities in [0, 1].
 
     Returns:
-        Array of shape (...,): one value per image.
+        Array or tensor of shape (...,): one value per image.
 
     Raises:
         ValueError: if the shapes differ.
     """
-    real, rebuilt = np.asarray(real, dtype=np.float64), np.asarray(rebuilt, dtype=np.float64)
     if real.shape != rebuilt.shape:
         raise ValueError(f"real has shape {real.shape} and rebuilt {rebuilt.shape}: PSNR needs equal shapes.")
+    if torch.is_tensor(real):
+        return -10.0 * (real - rebuilt).square().mean(dim=(-2, -1)).log10()
     with np.errstate(divide="ignore"):
-        return -10.0 * np.log10(np.mean((real - rebuilt) ** 2, axis=(-2, -1)))
+        return -10.0 * np.log10(np.mean((real.astype(np.float64) - rebuilt) ** 2, axis=(-2, -1)))
 
 
 def dice(real: np.ndarray, predicted: np.ndarray) -> np.ndarray:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
+from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.autoencoder_disentangled import DisentangledDecoderOutput
-from dldm_pipeline.cli import exit_on_user_error
+from dldm_pipeline.cli import exit_on_user_error, find_pipeline
 from dldm_pipeline.encoding import encode_mixed, measure_noise, validate_autoencoder
 from dldm_pipeline.hub import write_model_card, write_pretrained
 from dldm_pipeline.losses import (
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(DecoderArgs, __doc__, PRESETS, argv)
     accelerator = make_accelerator(args, "dldm-decoder")
     output_dir, workers, is_main = Path(args.output_dir), args.dataloader_num_workers, accelerator.is_main_process
-    pipeline = DLDMPipeline.from_pretrained(args.pipeline or BUNDLED_CHECKPOINT).to(accelerator.device)
+    pipeline = DLDMPipeline.from_pretrained(find_pipeline(args.pipeline)).to(accelerator.device)
     pipeline.unet.requires_grad_(False)
     model = pipeline.autoencoder
     size, modalities = model.config.sample_size, list(model.config.modalities)

@@ -127,7 +127,7 @@ def test_an_autoencoder_can_start_from_one_of_other_modalities_and_size(words, t
         modalities=["FLAIR", "BB"], sample_size=64, structure_channels=4, style_channels=2, encoder_channels=[8, 8],
         decoder_channels=[8, 8], head_channels=8, structure_scale=[9.0] * 4,
     )  # fmt: skip
-    torch.nn.init.normal_(source.encoder_linear.weight)
+    torch.nn.init.normal_(source.encoder_linear.weight, std=0.01)
     source.save_pretrained(tmp_path / "pipeline" / "autoencoder")
     train_autoencoder.main(words("autoencoder", tmp_path / "out", f"--init_from={tmp_path / 'pipeline'}", *STILL))
     model = DisentangledAutoencoder.from_pretrained(tmp_path / "out")

@@ -101,7 +101,7 @@ def test_denoised_structures_stay_near_their_own(tiny_pipeline, monkeypatch):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--pipeline=absent"], "absent"),
+        (["--pipeline=absent"], "--pipeline absent: no such folder"),
         (["--train_batch_size=1"], "--train_batch_size 1: must be at least 2"),
         (["--adversarial_weight=-1"], "--adversarial_weight -1.0"),
         (["--dataset=./absent"], "absent"),

@@ -5,9 +5,9 @@
     python examples/generate.py --pipeline outputs/ldm                     # a pipeline that you trained, or one of the Hub
     python examples/generate.py --format dicom --output outputs/dicom      # or dataset: a data set to train on
 
-The output folder then holds sheet.png to look at, a folder each subject with 16-bit PNG and NIfTI files (or what --format
-says), and manifest.json, which says how to draw the same subjects again. The same seed gives the same subjects, however
-many and whichever modalities you ask for. All of it is synthetic and not for diagnosis.
+The output folder gets sheet.png for a first look, a folder for each subject with 16-bit PNG and NIfTI files (or the files of
+--format), and manifest.json with all that is needed to generate the same subjects again. A seed gives the same subjects for
+any number of subjects and any choice of modalities. All images are synthetic and not for diagnosis.
 """
 
 import argparse
@@ -16,28 +16,27 @@ import time
 import torch
 
 from dldm_pipeline import DLDMPipeline
-from dldm_pipeline.cli import add_example_arguments, exit_on_user_error, find_pipeline
-from dldm_pipeline.data.export import FORMATS, check_export_folder, export_subjects
+from dldm_pipeline.cli import add_sampling_arguments, exit_on_user_error, find_pipeline, save_subjects
+from dldm_pipeline.data.export import FORMATS, check_export_folder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_subjects", type=int, default=8, help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other subjects (default: %(default)s)")
-    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which, in which order (default: all it knows)")
-    parser.add_argument(
-        "--num_inference_steps", type=int, default=10, help="denoising steps of the anatomy (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num_style_inference_steps", type=int, default=10, help="and of each appearance (default: %(default)s)"
-    )
+    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which, in which order (default: all)")
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="nifti",
-        help="nifti: NIfTI and PNG files; dicom: a study each subject; dataset: for training scripts (default: %(default)s)",
+        help="nifti: NIfTI and PNG; dicom: a study for each subject; dataset: for training scripts (default: %(default)s)",
     )
-    add_example_arguments(parser, "outputs/generated")
+    parser.add_argument(
+        "--num_style_inference_steps",
+        type=int,
+        default=10,
+        help="denoising steps of each style; those of the structure are --num_inference_steps (default: %(default)s)",
+    )
+    add_sampling_arguments(parser, "outputs/generated")
     return parser.parse_args(argv)
 
 
@@ -45,10 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()
-    try:
-        check_export_folder(args.output, args.overwrite, args.format)
-    except ImportError as error:  # highdicom is an extra
-        raise ValueError(str(error)) from error
+    check_export_folder(args.output, args.overwrite, args.format)
     folder = find_pipeline(args.pipeline)
     pipeline = DLDMPipeline.from_pretrained(folder).to(args.device)
     settings = {
@@ -63,15 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         output_type="np",
         **settings,
     )
-    export_subjects(
-        output,
-        args.output,
-        seed=args.seed,
-        settings={**settings, "device": args.device, "num_threads": torch.get_num_threads()},
-        checkpoint=folder,
-        overwrite=args.overwrite,
-        format=args.format,
-    )
+    save_subjects(output, args, folder, settings, format=args.format)
     subjects, modalities = output.images.shape[:2]
     seconds = time.perf_counter() - started
     print(f"{subjects} subjects x {modalities} modalities and masks in {seconds:.0f} s")

@@ -4,16 +4,15 @@
     python examples/push_to_hub.py outputs/mine --repo_id me/brains --private --revision trial
     python examples/push_to_hub.py --dataset data/mine --repo_id me/slices --private
 
-Log in once with `hf auth login`. A pipeline gets a model card with four fresh subjects, the figures that
-examples/evaluate.py measured, licence, training data, limits and how to load it, with this package or without. A data set
-goes as prepare_dataset.py wrote it, with its own card. Either arrives in one commit: whole, or not at all.
+Log in once with `hf auth login`. A pipeline gets a model card: four generated subjects, the figures that examples/evaluate.py
+measured, training data and settings, licence, limits, and how to load it with or without this package. A data set is uploaded
+as prepare_dataset.py wrote it, with its own card. The upload is one commit: if it fails, the repository stays as it was.
 What you push is public unless you add --private; check that you may share it.
 """
 
 import argparse
 import json
 import math
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,9 +22,8 @@ import torch
 from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.hub import PRIVATE_NAMES, push_folder, write_model_card
+from dldm_pipeline.hub import PRIVATE_NAMES, push_folder, read_card_data, write_model_card, write_pretrained
 from dldm_pipeline.pipeline_dldm import add_modules
-from dldm_pipeline.training_utils import write_pretrained
 
 NUM_PICTURES = 4
 
@@ -36,7 +34,7 @@ FIGURES = {
     "PSNR lost when structure comes from one modality (dB)": "reconstruction.single_cost_mean",
     "PSNR lost when styles are exchanged between subjects (dB)": "reconstruction.exchange_cost",
     "tumour mask, Dice": "reconstruction.mask_dice",
-    "modality read off the structure (points over chance)": "disentanglement.structure_over_chance",
+    "modality predicted from the structure (points above chance)": "disentanglement.structure_over_chance",
     "generated images, Fréchet distance of features": "fidelity.DLDM.scores.frechet_distance.mean.value",
     "Fréchet distance of a second real sample": "fidelity.DLDM.floor.scores.frechet_distance.mean.value",
     "generated images, precision": "fidelity.DLDM.scores.precision.mean.value",
@@ -46,11 +44,11 @@ FIGURES = {
     "generated modalities, correlation of edges": "alignment.DLDM.edge_correlation",
     "correlation of edges of real subjects": "alignment.validation.edge_correlation",
     "generated images, largest deviation of the power spectrum": "generation.spectrum.largest_deviation_mean_ratio",
-    "generated subjects, share too close to a training subject": "memorization.DLDM.refused_share",
-    "held-out subjects, share too close to a training subject": "memorization.DLDM.held_out.refused_share",
+    "generated subjects, fraction too close to a training subject": "memorization.DLDM.refused_share",
+    "held-out subjects, fraction too close to a training subject": "memorization.DLDM.held_out.refused_share",
     "generated subjects, authenticity": "memorization.DLDM.samples.authenticity_mean",
     "held-out subjects, authenticity": "memorization.DLDM.held_out.authenticity_mean",
-    "seconds a subject": "generation.seconds_per_subject",
+    "seconds per subject": "generation.seconds_per_subject",
 }
 
 LOADING = """\
@@ -79,8 +77,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", nargs="?", type=Path, metavar="FOLDER", help="pipeline that train_ldm.py wrote")
     parser.add_argument("--dataset", type=Path, help="push this data set, written by prepare_dataset.py, instead")
-    parser.add_argument("--repo_id", required=True, help="owner/name; made if it is new")
-    parser.add_argument("--revision", help="branch, made if it is new (default: main)")
+    parser.add_argument("--repo_id", required=True, help="owner/name; created if it does not exist")
+    parser.add_argument("--revision", help="branch, created if it does not exist (default: main)")
     parser.add_argument("--private", action="store_true", help="only you, or your organisation, can see it")
     parser.add_argument("--token", help="with write access (default: the one you logged in with)")
     card = parser.add_argument_group("model card of a pipeline")
@@ -91,16 +89,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def stage_pipeline(args: argparse.Namespace, staged: Path) -> None:
-    """Write to the folder `staged` all that is to be pushed."""
+    """Write everything that is to be pushed to the folder `staged`."""
     if not (args.pipeline / "model_index.json").is_file():
         raise FileNotFoundError(f"{args.pipeline} holds no model_index.json; give a folder that train_ldm.py wrote.")
-    pipeline = DLDMPipeline.from_pretrained(args.pipeline)  # refuses what nobody could load
-    ignore = shutil.ignore_patterns(*PRIVATE_NAMES, "samples.png")  # half of that one are real scans
+    metrics = {} if args.metrics is None else read_metrics(args.metrics)
+    pipeline = DLDMPipeline.from_pretrained(args.pipeline)  # raises on what nobody could load
+    ignore = shutil.ignore_patterns(*PRIVATE_NAMES, "samples.png")  # half of samples.png are real scans
     write_pretrained(lambda path: shutil.copytree(args.pipeline, path, ignore=ignore, dirs_exist_ok=True), staged)
     add_modules(staged)
-    metrics = {} if args.metrics is None else read_metrics(args.metrics)
-    pictures = draw_pictures(pipeline, staged)
-    write_card(args, pipeline, metrics, pictures, staged)
+    write_card(args, pipeline, metrics, save_pictures(pipeline, staged), staged)
 
 
 def read_metrics(path: Path) -> dict:
@@ -123,66 +120,56 @@ def figure(metrics: dict, path: str) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def draw_pictures(pipeline: DLDMPipeline, folder: Path) -> dict[str, str]:
-    """Draw subjects and save each as a strip with all modalities and the mask. Returns caption to file name."""
+def save_pictures(pipeline: DLDMPipeline, folder: Path) -> dict[str, str]:
+    """Generate subjects and save each as a strip of all modalities and the mask. Returns caption to file name."""
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     generators = [torch.Generator().manual_seed(seed) for seed in range(NUM_PICTURES)]
     output = pipeline(num_subjects=NUM_PICTURES, generator=generators, output_type="np")
-    caption = f"synthetic subject: {', '.join(output.modalities)}, tumour outlined"
     pictures = {}
-    for i in range(NUM_PICTURES):
-        one = slice(i, i + 1)
-        name = f"subject-{i}.png"
-        contact_sheet(output.images[one], output.masks[one], output.modalities, ["synthetic"], folder / name)
-        pictures[f"{caption} (seed {i})"] = name
+    for seed in range(NUM_PICTURES):
+        images, masks, name = output.images[seed, None], output.masks[seed, None], f"subject-{seed}.png"
+        contact_sheet(images, masks, output.modalities, ["synthetic"], folder / name)
+        pictures[f"synthetic subject: {', '.join(output.modalities)}, tumour outlined (seed {seed})"] = name
     return pictures
 
 
 def write_card(
     args: argparse.Namespace, pipeline: DLDMPipeline, metrics: dict, pictures: dict[str, str], folder: Path
 ) -> None:
-    """Write the model card over the one of the training script, whose notes on the training it takes over."""
-    config = pipeline.autoencoder.config
-    readme = folder / "README.md"
-    notes = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    trained_on = re.search(r"Trained on .*", notes)
-    training = re.search(r"^## Training\n(.*?)(?=^## |\Z)", notes, re.MULTILINE | re.DOTALL)
-    sections = {
-        "Load it": LOADING.format(
-            repo_id=args.repo_id,
-            revision=f', revision="{args.revision}"' if args.revision else "",
-            modality=config.modalities[0],
-        ),
-        "Training data": args.training_data or (trained_on[0] if trained_on else "Not stated by who uploaded it."),
-        "Memorisation": memorization_text(metrics),
-    }
-    if training:
-        sections["Training"] = training[1].strip()
-    sections["Licence"] = args.license
+    """Replace the training script's model card in `folder`; training data and settings are taken over from it."""
+    config, notes = pipeline.autoencoder.config, read_card_data(folder)
+    loading = LOADING.format(
+        repo_id=args.repo_id,
+        revision=f', revision="{args.revision}"' if args.revision else "",
+        modality=config.modalities[0],
+    )
     write_model_card(
         folder,
         args.repo_id.split("/")[-1],
-        f"A `DLDMPipeline` that draws aligned {config.sample_size}x{config.sample_size} brain slices of one synthetic "
+        f"A `DLDMPipeline` that generates aligned {config.sample_size}x{config.sample_size} brain slices of one synthetic "
         f"subject in {', '.join(config.modalities)} with the tumour mask, after Na et al., "
         '"Generation of Multi-modal Brain Tumor MRIs with Disentangled Latent Diffusion Model" (MIDL 2023).',
         {name: figure(metrics, path) for name, path in FIGURES.items()},
-        {},
+        notes.get("training", {}),
         tags=["diffusers", "DLDMPipeline", "brain-tumor"],
-        sections=sections,
+        training_data=args.training_data or notes.get("training_data", "Not stated by the uploader."),
+        sections={"Load it": loading, "Memorisation": memorization_text(metrics), "Licence": args.license},
         widget=pictures,
         license=args.license,
     )
 
 
 def memorization_text(metrics: dict) -> str:
-    """What `evaluate_memorization` found, or that nobody has looked."""
+    """What `evaluate_memorization` found, or that it has not been run."""
     keys = ("refused", "num_samples", "num_train_subjects", "false_alarm_rate")
-    refused, drawn, trained, rate = (figure(metrics, f"memorization.DLDM.{key}") for key in keys)
-    if None in (refused, drawn, trained, rate):
-        return "Not measured. Before you share what you generate from patients' scans, look for copies of them."
+    refused, generated, trained, rate = (figure(metrics, f"memorization.DLDM.{key}") for key in keys)
+    if None in (refused, generated, trained, rate):
+        return (
+            "Not measured. If the training data are patients' scans, look for copies of them before you share images."
+        )
     return (
-        f"Of {drawn:.0f} generated subjects, {refused:.0f} came closer to one of {trained:.0f} training subjects, in pixels "
-        f"or in anatomy, than {1 - rate:.0%} of held-out subjects do. Rates and authenticity are in the table above."
+        f"Of {generated:.0f} generated subjects, {refused:.0f} came closer to one of {trained:.0f} training subjects, in "
+        f"pixels or in anatomy, than {1 - rate:.0%} of held-out subjects do. Rates and authenticity are in the table above."
     )
 
 
@@ -197,12 +184,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.dataset is not None:
         if not list(args.dataset.glob("data/train-*.parquet")):
             raise FileNotFoundError(f"--dataset {args.dataset} holds no data/train-*.parquet; see prepare_dataset.py.")
-        url = push_folder(args.dataset, args.repo_id, "dataset", commit_message="Upload data set", **options)
+        print(push_folder(args.dataset, args.repo_id, "dataset", commit_message="Upload data set", **options))
     else:
-        with tempfile.TemporaryDirectory() as temporary:
-            stage_pipeline(args, Path(temporary))
-            url = push_folder(temporary, args.repo_id, commit_message="Upload DLDMPipeline", **options)
-    print(url)
+        with tempfile.TemporaryDirectory() as staged:
+            stage_pipeline(args, Path(staged))
+            print(push_folder(staged, args.repo_id, commit_message="Upload DLDMPipeline", **options))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from dldm_pipeline import DLDMTranslationPipeline
 from dldm_pipeline.cli import add_sampling_arguments, exit_on_user_error, find_pipeline, save_subjects
 from dldm_pipeline.data.export import SHEET_SUBJECTS, TRANSLATION_NOTICE, check_export_folder
 from dldm_pipeline.data.phantom import SEQUENCES, phantom_rows
+from dldm_pipeline.data.scans import find_scans
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.data.volumes import find_scans, read_scans
+from dldm_pipeline.data.volumes import read_scans
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
 NUM_PHANTOMS, PHANTOM_SEED = 2, 977_002  # no training run has seen subjects of this seed

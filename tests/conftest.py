@@ -92,7 +92,6 @@ def hub_server():
 @pytest.fixture
 def hub(hub_server, tmp_path, monkeypatch):
     """A Hub on localhost that this process talks to, logged in."""
-    (tmp_path / "hub").mkdir()
-    with hub_server.HubServer(tmp_path / "hub") as server:
+    with hub_server.HubServer() as server:
         server.use_in_this_process(monkeypatch, tmp_path / "home")
         yield server

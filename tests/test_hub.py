@@ -1,21 +1,25 @@
-"""Pipelines on the Hub: what is refused, pushed and pulled, with this package and without it."""
+"""Model folders and their cards; pipelines on the Hub: what is refused, pushed and pulled, with this package and without."""
 
+import errno
 import json
 import subprocess
-import sys
 import sysconfig
+import venv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from dldm_pipeline import DLDMPipeline, DLDMTranslationPipeline, pipeline_dldm
-from dldm_pipeline.hub import push_folder
+from dldm_pipeline.data.slices import SliceDataset, write_slices
+from dldm_pipeline.hub import push_folder, read_card_data, write_model_card, write_pretrained
 from dldm_pipeline.pipeline_dldm import add_modules
 
+ROOT = Path(__file__).parents[1]
 REPO = "tester/brains"
 MODULES = ["autoencoder/autoencoder_disentangled.py", "pipeline.py", "pipeline_dldm.py", "pipeline_dldm_translation.py"]
 
@@ -28,44 +32,79 @@ def folder(tiny_pipeline, tmp_path) -> Path:
 
 def images(pipeline: DLDMPipeline) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(5)
-    steps = {"num_inference_steps": 3, "num_style_inference_steps": 2}
-    return pipeline(num_subjects=2, generator=generator, output_type="np", **steps).images
-
-
-def run(code: str, arguments: list[str], environment: dict[str, str], python: str | Path = sys.executable) -> None:
-    """Run code in a new process, in a folder that is not the repository's."""
-    code = f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n{code}"
-    done = subprocess.run(
-        [python, "-c", code, *map(str, arguments)],
-        env=environment,
-        cwd=environment["HF_HOME"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    return pipeline(2, None, 2, 1, generator=torch.Generator().manual_seed(5), output_type="np").images
 
 
 def edit_json(path: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-# -- folders
+# -- what the training scripts write
 
 
-def test_a_saved_pipeline_carries_the_modules_that_load_it(folder):
-    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py")) == MODULES
+def test_a_model_replaces_the_old_one_only_when_complete(tmp_path):
+    def save(folder: Path, value="new"):
+        (folder / "unet").mkdir()
+        (folder / "unet" / "config.json").write_text(json.dumps({"state": value, "_name_or_path": "/home/somebody"}))
+        (folder / "model_index.json").write_text(value)
+
+    def fail(folder: Path):
+        save(folder, "half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "checkpoint-1").mkdir()
+    write_pretrained(lambda folder: save(folder, "old"), tmp_path)
+    write_pretrained(save, tmp_path)
+    with pytest.raises(OSError, match=f"could not write the model to {tmp_path}: .*No space left"):
+        write_pretrained(fail, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "model_index.json", "unet"]
+    assert (tmp_path / "model_index.json").read_text() == "new"
+    assert json.loads((tmp_path / "unet" / "config.json").read_text()) == {"state": "new"}
+
+
+def test_a_model_card_says_what_it_must_and_is_read_back(tmp_path):
+    figures = {"v-loss": np.float64(0.123456), "PSNR (dB)": torch.tensor(31.0), "none": None}
+    training = {"seed": 0, "none": None, "data": Path("a|b"), "learning rate": 1e-5}
+    path = write_model_card(
+        tmp_path, "Title", "Text.", figures, training, {"Caption": "samples.png"}, ["x"], training_data="80 mice."
+    )
+    text = path.read_text()
+    assert text.startswith("---\n") and "# Title\n\nText." in text and "## Training data\n\n80 mice." in text
+    assert "| v-loss | 0.1235 |\n| PSNR (dB) | 31 |" in text and "none" not in text and "Not for diagnosis" in text
+    assert "| seed | 0 |\n| data | a\\|b |\n| learning rate | 1e-05 |" in text and "![Caption](samples.png)" in text
+
+    data = read_card_data(tmp_path)
+    assert data.license == "apache-2.0" and data.library_name == "diffusers" and "x" in data.tags
+    assert data.training == {"seed": 0, "data": "a|b", "learning rate": 1e-5} and data.training_data == "80 mice."
+    results = {result.metric_name: result.metric_value for result in ModelCard.load(path).data.eval_results}
+    assert results == {"v-loss": 0.123456, "PSNR (dB)": 31}
+
+    write_model_card(tmp_path, "Title", "Text.", {}, {})
+    assert "## Figures" not in path.read_text() and "## Training" not in path.read_text()
+    path.write_text("---\ntags: [\n---\n")
+    with pytest.raises(ValueError, match="README.md: the YAML at its top cannot be read"):
+        read_card_data(tmp_path)
+    path.unlink()
+    assert read_card_data(tmp_path).to_dict() == {}
+
+
+# -- what a saved pipeline holds, and what is loaded of it
+
+
+def test_a_saved_pipeline_carries_the_modules_that_load_it(folder, tiny_pipeline):
+    def modules() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*.py")}
+
+    assert sorted(path.relative_to(folder).as_posix() for path in modules()) == MODULES
     for name in MODULES:
         if name != "pipeline.py":
             assert (folder / name).read_bytes() == Path(pipeline_dldm.__file__).with_name(Path(name).name).read_bytes()
-    index = json.loads((folder / "model_index.json").read_text())
-    assert index["_class_name"] == ["pipeline_dldm", "DLDMPipeline"]
-    assert index["autoencoder"] == ["autoencoder_disentangled", "DisentangledAutoencoder"]
-
-
-def test_modules_are_added_to_an_older_folder_once(folder, tiny_pipeline):
-    wanted = {path: path.read_bytes() for path in folder.rglob("*.py")}
     index = (folder / "model_index.json").read_bytes()
+    assert json.loads(index)["_class_name"] == ["pipeline_dldm", "DLDMPipeline"]
+    assert json.loads(index)["autoencoder"] == ["autoencoder_disentangled", "DisentangledAutoencoder"]
+
+    # They are added to an older folder, once.
+    wanted = modules()
     for path in wanted:
         path.unlink()
     autoencoder = ["dldm_pipeline.autoencoder_disentangled", "DisentangledAutoencoder"]
@@ -75,8 +114,7 @@ def test_modules_are_added_to_an_older_folder_once(folder, tiny_pipeline):
     assert np.array_equal(images(DLDMPipeline.from_pretrained(folder)), images(tiny_pipeline))
     for _ in range(2):
         add_modules(folder)
-        assert {path: path.read_bytes() for path in folder.rglob("*.py")} == wanted
-        assert (folder / "model_index.json").read_bytes() == index
+        assert modules() == wanted and (folder / "model_index.json").read_bytes() == index
 
 
 def test_the_package_loads_its_own_classes_and_runs_no_file_of_the_folder(folder, tiny_pipeline, tmp_path):
@@ -114,49 +152,27 @@ def test_pickled_weights_are_refused(folder, component):
         DLDMPipeline.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "names", [None, 3, "T1", [], ["T1", ""], ["T1", "T1", "WB"], ["T1", 2, "WB"], [["T1"]], {"T1": 0}]
-)
-def test_malformed_modalities_are_refused(folder, names):
-    edit_json(folder / "autoencoder" / "config.json", modalities=names)
-    with pytest.raises(ValueError, match="config.json: `modalities` must be a list of different, non-empty names"):
-        DLDMPipeline.from_pretrained(folder)
+def test_malformed_modalities_are_refused(folder):
+    for names in (None, 3, "T1", [], ["T1", ""], ["T1", "T1", "WB"], ["T1", 2, "WB"], [["T1"]], {"T1": 0}):
+        edit_json(folder / "autoencoder" / "config.json", modalities=names)
+        with pytest.raises(ValueError, match="config.json: `modalities` must be a list of different, non-empty names"):
+            DLDMPipeline.from_pretrained(folder)
 
 
 # -- the Hub
 
-
-def test_a_new_process_pulls_the_same_images(hub, folder, tiny_pipeline, tmp_path):
-    url = push_folder(folder, REPO)
-    assert url.startswith(f"{hub.url}/{REPO}/commit/")
-    code = (
-        "import sys, numpy\nfrom dldm_pipeline import DLDMPipeline\n"
-        "pipeline = DLDMPipeline.from_pretrained(sys.argv[1])\n"
-        "generator = torch.Generator().manual_seed(5)\n"
-        "output = pipeline(2, None, 3, 2, generator=generator, output_type='np')\n"
-        "numpy.save(sys.argv[2], output.images)"
-    )
-    (tmp_path / "other-home").mkdir()
-    run(code, [REPO, tmp_path / "images.npy"], hub.environment(tmp_path / "other-home", token=None))
-    assert np.array_equal(np.load(tmp_path / "images.npy"), images(tiny_pipeline))
-
-
-def test_diffusers_alone_pulls_the_same_images(hub, tiny_pipeline, tmp_path):
-    """In a virtual environment without this package, from what diffusers' own `push_to_hub` has pushed."""
-    tiny_pipeline.push_to_hub(REPO)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if "dldm_pipeline" not in entry.name:
-            (site_packages / entry.name).symlink_to(entry)
-    code = """
+NEW_PROCESS = """
 import importlib.util, sys
-import numpy
-assert importlib.util.find_spec("dldm_pipeline") is None
+import datasets, numpy, torch
 from diffusers import DiffusionPipeline
 
-repo, path = sys.argv[1:]
+def images(pipeline):
+    generator = torch.Generator().manual_seed(5)
+    return pipeline(2, None, 2, 1, generator=generator, output_type="np").images
+
+repo, root, path, num_threads = sys.argv[1:]
+torch.set_num_threads(int(num_threads))
+assert importlib.util.find_spec("dldm_pipeline") is None
 try:
     DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo)
     sys.exit("modules were run without trust")
@@ -165,28 +181,64 @@ except ValueError as error:
 found = []
 for options in ({"custom_pipeline": repo}, {}):
     pipeline = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True, **options)
-    generator = torch.Generator().manual_seed(5)
-    found.append(pipeline(2, None, 3, 2, generator=generator, output_type="np").images)
-assert numpy.array_equal(*found)
-numpy.save(path, found[0])
-
-# Saved again and loaded again.
+    found.append(images(pipeline))
 pipeline.save_pretrained("again")
-pipeline = DiffusionPipeline.from_pretrained("again", trust_remote_code=True)
-generator = torch.Generator().manual_seed(5)
-assert numpy.array_equal(pipeline(2, None, 3, 2, generator=generator, output_type="np").images, found[0])
-
+found.append(images(DiffusionPipeline.from_pretrained("again", trust_remote_code=True)))
 translation = {"custom_pipeline": "pipeline_dldm_translation", "trust_remote_code": True}
 output = DiffusionPipeline.from_pretrained(repo, **translation)({"T1": found[0][:, 0]}, output_type="np")
 assert output.modalities == ["T2", "WB"] and numpy.isfinite(output.images).all()
+rows = datasets.load_dataset(repo, split="validation")["T1"]
+
+sys.path.insert(0, root)
+from dldm_pipeline import DLDMPipeline
+from dldm_pipeline.data.slices import SliceDataset
+pipeline = DLDMPipeline.from_pretrained(repo)
+assert type(pipeline) is DLDMPipeline
+found.append(images(pipeline))
+slices = [item["images"] for item in SliceDataset(repo, "validation")]
+numpy.savez(path, images=found, rows=[numpy.asarray(image) for image in rows], slices=torch.stack(slices))
 """
+
+
+def test_a_new_process_pulls_the_same_pipeline_and_data_set(hub, tiny_pipeline, tmp_path):
+    """In a virtual environment without this package, and then with it. The pipeline is pushed by diffusers' own method."""
+    tiny_pipeline.push_to_hub(REPO)
+    rng = np.random.default_rng(0)
+    rows = [{"subject": name, "slice_index": 0, "T1": rng.random((32, 32))} for name in "abcdef"]
+    write_slices(rows, tmp_path / "data", ["T1", "WB"], val_fraction=0.5)
+    push_folder(tmp_path / "data", REPO, "dataset")
+
+    venv.create(tmp_path / "venv")
+    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "dldm_pipeline" not in entry.name:
+            (site_packages / entry.name).symlink_to(entry)
     (tmp_path / "other-home").mkdir()
-    run(code, [REPO, tmp_path / "images.npy"], hub.environment(tmp_path / "other-home", token=None), python)
-    assert np.array_equal(np.load(tmp_path / "images.npy"), images(tiny_pipeline))
+    arguments = [REPO, ROOT, tmp_path / "found.npz", torch.get_num_threads()]
+    done = subprocess.run(
+        [tmp_path / "venv" / "bin" / "python", "-c", NEW_PROCESS, *map(str, arguments)],
+        env=hub.environment(tmp_path / "other-home"),
+        cwd=tmp_path / "other-home",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "found.npz")
+    expected = images(tiny_pipeline)
+    assert len(found["images"]) == 4 and all(np.array_equal(each, expected) for each in found["images"])
+    sent = torch.stack([item["images"] for item in SliceDataset(tmp_path / "data", "validation")]).numpy()
+    assert np.array_equal(found["slices"], sent) and sent.shape == (3, 2, 32, 32)
+    assert np.array_equal(np.rint(sent[:, 0] * 65535), found["rows"])
 
 
-def test_a_private_repository_needs_the_token(hub_server, hub, folder, monkeypatch):
+def test_private_repositories(hub_server, hub, folder, monkeypatch):
     push_folder(folder, REPO, private=True)
+    push_folder(folder, "tester/public")
+    before = dict(hub.repos["models", "tester/public"].branches)
+    with pytest.raises(ValueError, match="exists and is public"):
+        push_folder(folder, "tester/public", private=True)
+    assert hub.repos["models", "tester/public"].branches == before
+
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(RepositoryNotFoundError):
         DLDMPipeline.from_pretrained(REPO)
@@ -195,68 +247,41 @@ def test_a_private_repository_needs_the_token(hub_server, hub, folder, monkeypat
     assert isinstance(DLDMPipeline.from_pretrained(REPO, token=hub_server.TOKEN), DLDMPipeline)
 
 
-def test_private_is_not_taken_for_granted(hub, folder):
-    push_folder(folder, REPO)
+@pytest.mark.parametrize("revision", [None, "maps/first"])
+def test_a_broken_upload_leaves_the_repository_as_it_was(hub, folder, tiny_pipeline, other_tiny_pipeline, revision):
+    url = push_folder(folder, REPO)
     before = dict(hub.repos["models", REPO].branches)
-    with pytest.raises(ValueError, match="exists and is public"):
-        push_folder(folder, REPO, private=True)
-    assert hub.repos["models", REPO].branches == before
-
-
-def test_a_revision_is_a_branch_of_its_own(hub, folder, tiny_pipeline, other_tiny_pipeline, tmp_path):
-    push_folder(folder, REPO)
-    main = hub.repos["models", REPO].branches["main"]
-    other_tiny_pipeline.save_pretrained(tmp_path / "other")
-    push_folder(tmp_path / "other", REPO, revision="others/first")
-    assert hub.repos["models", REPO].branches["main"] == main
-    assert np.array_equal(images(DLDMPipeline.from_pretrained(REPO)), images(tiny_pipeline))
-    other = DLDMPipeline.from_pretrained(REPO, revision="others/first")
-    assert np.array_equal(images(other), images(other_tiny_pipeline))
-
-
-@pytest.mark.parametrize("revision", [None, "trial"])
-def test_a_broken_upload_leaves_the_repository_as_it_was(
-    hub, folder, tiny_pipeline, other_tiny_pipeline, tmp_path, revision
-):
-    push_folder(folder, REPO)
-    before = dict(hub.repos["models", REPO].branches)
-    other_tiny_pipeline.save_pretrained(tmp_path / "other")
+    assert url == f"{hub.url}/{REPO}/commit/{before['main']}"
+    other_tiny_pipeline.save_pretrained(folder)
     hub.break_at = "POST .*/commit/"
     with pytest.raises(OSError, match=f"to {REPO} failed: .*disconnected.*run it again"):
-        push_folder(tmp_path / "other", REPO, revision=revision)
+        push_folder(folder, REPO, revision=revision)
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
     assert hub.repos["models", REPO].branches == before
     assert np.array_equal(images(DLDMPipeline.from_pretrained(REPO)), images(tiny_pipeline))
+
     hub.break_at = None
-    push_folder(tmp_path / "other", REPO, revision=revision)
+    push_folder(folder, REPO, revision=revision)
+    assert (hub.repos["models", REPO].branches["main"] == before["main"]) == (revision is not None)
     loaded = DLDMPipeline.from_pretrained(REPO, revision=revision)
     assert np.array_equal(images(loaded), images(other_tiny_pipeline))
 
 
-def test_old_weights_go_and_what_is_private_stays_here(hub, folder, tmp_path):
-    (folder / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"old")
-    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+def test_old_weights_go_and_what_is_private_stays_here(hub, folder):
+    old = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
+    for name in old:
+        (folder / "unet" / name).write_bytes(b"{}")
     push_folder(folder, REPO)
-    for path in folder.glob("unet/*0000*"):
-        path.unlink()
-    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    for name in (
-        "checkpoint-10/model.safetensors",
-        "logs/events",
-        "validation/1.png",
-        ".secret",
-        "unet/w.bin",
-        "w.pkl",
-    ):
+    assert {f"unet/{name}" for name in old} <= set(hub.files("models", REPO))
+    for name in old:
+        (folder / "unet" / name).unlink()
+    for name in ("checkpoint-10/x.safetensors", "logs/events", "validation/1.png", ".secret", "unet/w.bin", "w.pkl"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     (folder / "LICENSE").write_text("mine")
     push_folder(folder, REPO)
-    repo = hub.repos["models", REPO]
-    components = ["scheduler/scheduler_config.json"] + [
-        f"{name}/{file}"
-        for name in ("autoencoder", "unet")
-        for file in ("config.json", "diffusion_pytorch_model.safetensors")
-    ]
-    assert sorted(repo.commits[repo.branches["main"]]) == sorted([*MODULES, *components, "LICENSE", "model_index.json"])
-    assert len(repo.commits) == 3  # the empty one, and one for each push
+    components = [f"{name}/config.json" for name in ("autoencoder", "unet")]
+    components += [f"{name}/diffusion_pytorch_model.safetensors" for name in ("autoencoder", "unet")]
+    wanted = [*MODULES, *components, "scheduler/scheduler_config.json", "LICENSE", "model_index.json"]
+    assert sorted(hub.files("models", REPO)) == sorted(wanted)
+    assert len(hub.repos["models", REPO].commits) == 3  # the empty one, and one for each push

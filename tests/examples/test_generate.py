@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "generate.py"
-FEW = ["--num_subjects", "2", "--num_inference_steps", "2", "--num_style_inference_steps", "1", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +22,15 @@ def generate():
 
 
 @pytest.fixture
-def pipeline_folder(tiny_pipeline, tmp_path) -> Path:
+def words(tiny_pipeline, tmp_path) -> list[str]:
     tiny_pipeline.save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
+    few = ["--num_subjects", "2", "--num_inference_steps", "2", "--num_style_inference_steps", "1", "--device", "cpu"]
+    return ["--pipeline", str(tmp_path / "pipeline"), "--output", str(tmp_path / "out"), *few]
 
 
-def test_writes_subjects_sheet_and_manifest(generate, tiny_pipeline, pipeline_folder, tmp_path, capsys):
+def test_writes_subjects_sheet_and_manifest(generate, tiny_pipeline, words, tmp_path, capsys):
     out = tmp_path / "out"
-    generate.main(["--pipeline", str(pipeline_folder), "--output", str(out), "--seed", "3", *FEW])
+    generate.main([*words, "--seed", "3"])
     assert "2 subjects x 3 modalities" in capsys.readouterr().out
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["seed"] == 3 and manifest["settings"]["num_inference_steps"] == 2
@@ -40,53 +40,38 @@ def test_writes_subjects_sheet_and_manifest(generate, tiny_pipeline, pipeline_fo
     ]
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.width > sheet.height  # two rows, four columns
-    # What is in the files is what the manifest's seed and settings give.
-    expected = tiny_pipeline(
-        2,
-        num_inference_steps=2,
-        num_style_inference_steps=1,
-        generator=torch.Generator().manual_seed(3),
-        output_type="np",
-    ).by_modality["T2"][1]
+    # The files hold what the manifest's seed and settings give.
+    settings = {name: manifest["settings"][name] for name in ("num_inference_steps", "num_style_inference_steps")}
+    generator = torch.Generator().manual_seed(manifest["seed"])
+    expected = tiny_pipeline(2, generator=generator, output_type="np", **settings).by_modality["T2"][1]
     pixels = np.asarray(Image.open(out / manifest["subjects"][1]["files"]["T2"]["png"]))
     assert np.array_equal(pixels, np.rint(expected * 65535).astype(np.uint16))
 
-
-def test_modalities_and_overwrite(generate, pipeline_folder, tmp_path, capsys):
-    words = ["--pipeline", str(pipeline_folder), "--output", str(tmp_path / "out"), *FEW]
-    generate.main(words)
+    # Again, otherwise, and over the first.
+    more = ["--modalities", "WB", "T1", "--format", "dataset", "--guidance_scale", "2"]
     with pytest.raises(SystemExit) as stop:
-        generate.main([*words, "--modalities", "WB", "T1"])
+        generate.main([*words, *more])
     assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
-    generate.main([*words, "--modalities", "WB", "T1", "--overwrite"])
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["modalities"] == ["WB", "T1"]
+    generate.main([*words, *more, "--overwrite"])
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["modalities"] == ["WB", "T1"] and manifest["settings"]["guidance_scale"] == 2
+    assert len(list(out.glob("data/*.parquet"))) == 2 and not list(out.glob("synthetic-*"))
 
 
-def test_dicom(generate, pipeline_folder, tmp_path, capsys, monkeypatch):
-    words = ["--pipeline", str(pipeline_folder), "--output", str(tmp_path / "out"), "--format", "dicom", *FEW]
-    generate.main(words)
-    assert len(list((tmp_path / "out").glob("synthetic-*/*.dcm"))) == 8
+def test_bad_input_is_one_line_and_leaves_nothing(generate, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
-    with pytest.raises(SystemExit):
-        generate.main([*words, "--overwrite"])
-    assert "error: writing DICOM needs highdicom" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
+    for more, message in (
         (["--num_subjects", "0"], "num_subjects"),
         (["--modalities", "PET"], "PET"),
         (["--pipeline", "./nowhere"], "nowhere: no such folder"),
         (["--output", "/dev/null/out"], "cannot write"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(generate, pipeline_folder, tmp_path, capsys, words, message):
-    with pytest.raises(SystemExit) as stop:
-        generate.main(["--pipeline", str(pipeline_folder), "--output", str(tmp_path / "out"), *FEW, *words])
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+        (["--format", "dicom"], "writing DICOM needs highdicom"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            generate.main([*words, *more])
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 2 and len(errors) == 1 and message in errors[0], more
+        assert [path.name for path in tmp_path.iterdir()] == ["pipeline"], more
 
 
 def test_help_teaches(generate, capsys):

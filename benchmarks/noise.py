@@ -20,8 +20,9 @@ from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.losses import noise_std
-from dldm_pipeline.metrics.features import load_extractor, to_uint8
+from dldm_pipeline.metrics.features import load_extractor
 from dldm_pipeline.metrics.fidelity import frechet_distance, neighbour_scores
+from dldm_pipeline.metrics.images import to_uint8
 from dldm_pipeline.metrics.reconstruction import psnr
 
 STRUCTURE_NOISE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)  # deviation, of that of the structures themselves

@@ -36,7 +36,6 @@ from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.metrics.comparison import (
     NEIGHBOURS,
     Cache,
-    Slices,
     System,
     compare_alignment,
     compare_fidelity,
@@ -51,7 +50,8 @@ from dldm_pipeline.metrics.comparison import (
     write_text,
 )
 from dldm_pipeline.metrics.features import EXTRACTORS, FeatureExtractor, load_extractor
-from dldm_pipeline.metrics.memorization import closest_pairs_sheet, read_slices
+from dldm_pipeline.metrics.images import read_slices
+from dldm_pipeline.metrics.memorization import closest_pairs_sheet
 from dldm_pipeline.metrics.report import (
     PAPER,
     build_report,
@@ -269,7 +269,7 @@ def compare_systems(
     modalities, seed = list(pipeline.autoencoder.config.modalities), args.seed
     folder, options = systems[0].folder, sampling_options(args)
     neighbours = load_extractor(args.neighbour_extractor, device=args.device) if args.neighbour_extractor else None
-    real, second = (data_set and Slices(*read_slices(data_set, args.num_subjects)) for data_set in data)
+    real, second = (data_set and read_slices(data_set, args.num_subjects) for data_set in data)
     samples = {system.name: sample(system, args.num_subjects, seed, cache) for system in systems}
     seconds = {name: float(drawn["seconds"].sum() / args.num_subjects) for name, drawn in samples.items()}
     images = {name: drawn["images"] for name, drawn in samples.items()}
@@ -308,7 +308,7 @@ def compare_systems(
         plot_steps(results["steps"], pictures["steps"])
     # Without --dataset nobody knows what the pipeline was trained on.
     if args.dataset is not None and second is not None and len(set(real.subjects)) > 1:
-        train = Slices(*read_slices(data[1], args.max_train))
+        train = read_slices(data[1], args.max_train)
         found = compare_memorization(samples, train, real, modalities, pipeline.autoencoder, seed, cache)
         results["memorization"], pictures["closest_pairs"] = found, args.output / "figures" / "closest_pairs.png"
         closest = found["DLDM"]["closest"][:4]

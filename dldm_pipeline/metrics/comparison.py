@@ -17,16 +17,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from dldm_pipeline.data.files import read_arrays, write_arrays
+
 from .alignment import evaluate_alignment, make_segmenter, train_segmenter
 from .disentanglement import evaluate_disentanglement
-from .features import FeatureExtractor, hash_weights, read_arrays, to_uint8, write_arrays
+from .features import FeatureExtractor, hash_weights
 from .fidelity import evaluate_fidelity, feature_scores
+from .images import Slices, to_uint8
 from .memorization import MemorizationFilter, evaluate_memorization
 from .reconstruction import compare_spectra, encode_subjects, evaluate_reconstruction, radial_power_spectrum, rebuild
 
@@ -108,20 +110,6 @@ class Cache:
         if not path.is_file():
             write_text(path, json.dumps(compute()))
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-class Slices(NamedTuple):
-    """Real slices in memory, as [`~dldm_pipeline.metrics.memorization.read_slices`] returns them.
-
-    Attributes:
-        images: uint8 (N, n, H, W).
-        subjects: N names.
-        present: bool (N, n).
-    """
-
-    images: np.ndarray
-    subjects: list[str]
-    present: np.ndarray
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,25 +297,22 @@ def compare_fidelity(
     """
     results: dict[str, dict] = {}
     networks = [network and network.describe() for network in (extractor, neighbour_extractor)]
-    other = {} if second is None else {f"second_{key}": value for key, value in second._asdict().items()}
-    other["second_real"] = other.pop("second_images", None)
+    parts = [array for slices in (real, second) if slices is not None for array in vars(slices).values()]
     for name, drawn in samples.items():
         compute = functools.partial(
             evaluate_fidelity,
-            real.images,
-            drawn["images"],
+            real,
+            Slices(drawn["images"]),
             modalities,
             extractor,
-            real.subjects,
-            real_present=real.present,
-            neighbour_extractor=neighbour_extractor,
+            second,
+            neighbour_extractor,
             floor=next(iter(results.values()))["floor"] if results else None,
             k=NEIGHBOURS,
             cache=cache.folder,
             seed=seed,
-            **other,
         )
-        inputs = [drawn["images"], *real, *(second or ()), modalities, networks, seed]
+        inputs = [drawn["images"], *parts, modalities, networks, seed]
         results[name] = cache.figures("fidelity", inputs, compute)
     return results
 
@@ -389,9 +374,7 @@ def compare_memorization(
 
     @functools.cache  # built for the first system whose figures are not known
     def memorization_filter() -> MemorizationFilter:
-        names = train.subjects, held_out.subjects
-        present = train.present, held_out.present
-        return MemorizationFilter(train.images, held_out.images, modalities, autoencoder, *names, *present, seed=seed)
+        return MemorizationFilter(train, held_out, modalities, autoencoder, seed=seed)
 
     def compute(images: np.ndarray, structure: np.ndarray | None) -> dict:
         return evaluate_memorization(memorization_filter(), images, structure)
@@ -399,7 +382,7 @@ def compare_memorization(
     results = {}
     for name, drawn in samples.items():
         part = [drawn["images"], drawn.get("structure")]
-        inputs = [*part, *train, *held_out, modalities, fingerprint(autoencoder), seed]
+        inputs = [*part, *vars(train).values(), *vars(held_out).values(), modalities, fingerprint(autoencoder), seed]
         results[name] = cache.figures("memorization", inputs, functools.partial(compute, *part))
     return results
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .fidelity import auc
 from .reconstruction import EncodedSubjects, mean_over_subjects
+from .two_sample import auc
 
 # From strong to weak L2 regularisation (scikit-learn's C). The features are scaled so that their squared norm is about
 # 1 whatever their number, which puts the best C for a few numbers and for many thousands in the same range.

@@ -7,31 +7,26 @@ On features (see `features.py`), each a plain function of two arrays (N, D):
 - [`kernel_distance`]: unbiased squared MMD with a cubic kernel, clean-KID (Bińkowski et al. 2018); 0 is best.
 - [`neighbour_scores`]: improved precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-On 8-bit images:
-
-- [`diversity`]: mean MS-SSIM of pairs of different subjects (Odena et al. 2017); read against the real images' value,
-  for a higher one means less variety.
-- [`two_sample_auc`]: how well a small CNN tells generated from real images of subjects it has not seen (Lopez-Paz and
-  Oquab 2017); 0.5 is best.
-
-[`evaluate_fidelity`] gives all of them per modality and averaged, with the real-against-real floor at the same N, sample
-sizes, and intervals over subjects. The floor is no formality: every one of these figures depends on N, and a split that
-cuts through subjects flatters all of them, so the split here is always by subject.
-
-[`range_sweep`] shows what the distance becomes when images in [0, 1] are given to networks that read 0-255.
+[`evaluate_fidelity`] gives them, the diversity (`diversity.py`) and the two-sample test (`two_sample.py`), per modality
+and averaged, with the real-against-real floor at the same N, sample sizes, and intervals over subjects. The floor
+matters: each of these figures depends on N, and a split through subjects makes all of them too good, so the split here is
+always by subject.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .features import FeatureExtractor, check_images
+from .diversity import diversity, pair_similarity, ssim_window, subject_pairs
+from .features import FeatureExtractor
+from .images import Slices
+from .two_sample import auc, two_sample_scores
 
 # Every score with its best value and the range it cannot leave.
 SCORES = {
@@ -44,6 +39,7 @@ SCORES = {
     "diversity": (None, (0.0, 1.0)),
     "two_sample_auc": (0.5, (0.0, 1.0)),
 }
+CONFIDENCE = 0.95  # of the intervals
 # Rows of a distance or kernel matrix held at a time: memory grows with N, as the features do, and not with N².
 ROWS = 1024
 
@@ -184,231 +180,10 @@ def feature_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dict[
     }
 
 
-def subject_pairs(subjects: Sequence[str], num_pairs: int, seed: int = 0) -> np.ndarray:
-    """Random pairs of images of *different subjects*, every subject equally often, whatever its number of images.
-
-    In each round subjects are put in a random order and taken two by two, each with one of its images at random.
-
-    Args:
-        subjects: the N subject names, one an image.
-        num_pairs: pairs to draw.
-        seed: seed of the draw.
-
-    Returns:
-        int array (num_pairs, 2) of image indices.
-
-    Raises:
-        ValueError: on fewer than 2 subjects.
-    """
-    names, owner = np.unique(np.asarray(subjects), return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"subjects holds {len(names)} subject: pairs of different subjects need at least 2.")
-    rng = np.random.default_rng(seed)
-    images = [np.flatnonzero(owner == s) for s in range(len(names))]
-    pairs: list[list[int]] = []
-    while len(pairs) < num_pairs:
-        order = rng.permutation(len(names))
-        pairs += [[rng.choice(images[a]), rng.choice(images[b])] for a, b in zip(order[::2], order[1::2], strict=False)]
-    return np.array(pairs[:num_pairs])
-
-
-def ssim_window(side: int) -> int:
-    """Width in pixels of the MS-SSIM window: 11 from 161 pixels on, and for smaller images the widest odd one that
-    still fits the coarsest of the five scales, at least 3 (64 pixels: 3; 128: 7).
-
-    Args:
-        side: the shorter side of the images.
-
-    Raises:
-        ValueError: below 33 pixels, where five scales do not fit.
-    """
-    if side <= 32:
-        raise ValueError(f"images are {side} pixels wide: MS-SSIM has five scales and needs at least 33.")
-    return max(width for width in range(3, 12, 2) if (width - 1) * 16 < side)
-
-
-def pair_similarity(images: np.ndarray, pairs: np.ndarray, batch_size: int = 32) -> np.ndarray:
-    """MS-SSIM (Wang et al. 2003) of pairs of images, through pytorch-msssim; five scales, the usual weights.
-
-    Args:
-        images: uint8 (N, H, W), 0-255, at least 33 pixels wide. The window is that of [`ssim_window`].
-        pairs: int (P, 2), indices of images.
-        batch_size: pairs at a time.
-
-    Returns:
-        float array (P,) in [0, 1]; 1 for equal images.
-
-    Raises:
-        TypeError, ValueError: see [`~dldm_pipeline.metrics.features.check_images`] and [`ssim_window`].
-    """
-    from pytorch_msssim import ms_ssim
-
-    check_images(images)
-    window = ssim_window(min(images.shape[1:]))
-    values = []
-    for part in np.array_split(pairs, max(1, -(-len(pairs) // batch_size))):
-        first, second = (torch.from_numpy(images[part[:, side]]).float()[:, None] for side in (0, 1))
-        values.append(ms_ssim(first, second, data_range=255, win_size=window, size_average=False).numpy())
-    return np.concatenate(values).astype(np.float64)
-
-
-def diversity(images: np.ndarray, subjects: Sequence[str], num_pairs: int = 1000, seed: int = 0) -> float:
-    """Mean MS-SSIM over random pairs of different subjects: the more alike they are, the higher. No best value: read it
-    against that of real images; well above means that the model repeats itself.
-
-    Args:
-        images: uint8 (N, H, W) of one modality.
-        subjects: the N subject names.
-        num_pairs: pairs to average over.
-        seed: seed of [`subject_pairs`].
-
-    Returns:
-        Value in [0, 1].
-    """
-    return float(pair_similarity(images, subject_pairs(subjects, num_pairs, seed)).mean())
-
-
-def auc(real: np.ndarray, generated: np.ndarray) -> float:
-    """Probability that a generated sample has a higher value than a real one, ties counted half (Mann and Whitney).
-
-    Args:
-        real, generated: values (N,) and (M,).
-
-    Returns:
-        Area under the ROC curve in [0, 1]; NaN if a set is empty.
-    """
-    from scipy.stats import rankdata
-
-    if len(real) == 0 or len(generated) == 0:
-        return float("nan")
-    ranks = rankdata(np.concatenate([real, generated]))[len(real) :]
-    return float((ranks.sum() - len(generated) * (len(generated) + 1) / 2) / (len(real) * len(generated)))
-
-
-def _held_out(real: Sequence[str], generated: Sequence[str], share: float, seed: int) -> set[str]:
-    """Names of the subjects to test on: `share` of each set; a name in both sets is on one side only."""
-    rng = np.random.default_rng(seed)
-    first = np.unique(np.asarray(real))
-    second = np.setdiff1d(np.unique(np.asarray(generated)), first)
-    chosen: set[str] = set()
-    for title, names in (("real", first), ("generated", second)):
-        if len(names) == 0:  # all generated names are real ones too
-            continue
-        if len(names) < 2:
-            raise ValueError(
-                f"{title} holds {len(names)} subject: the two-sample test needs at least 2, one to learn from "
-                "and one to be tested on."
-            )
-        count = min(max(1, round(share * len(names))), len(names) - 1)
-        chosen.update(rng.permutation(names)[:count].tolist())
-    return chosen
-
-
-def two_sample_scores(
-    real: np.ndarray,
-    generated: np.ndarray,
-    real_subjects: Sequence[str],
-    generated_subjects: Sequence[str],
-    epochs: int = 6,
-    batch_size: int = 32,
-    held_out: float = 0.3,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Trains a small CNN to tell generated from real images and scores those of held-out subjects.
-
-    Three convolutions with batch norm (8x8 with stride 4 and 32 channels, then twice 3x3 with stride 2 and 64), the mean
-    over the grid and one linear layer; AdamW with a one-cycle rate. Small on purpose: it finds what is plainly wrong. The
-    same seed gives the same scores on the same machine and number of threads; the caller's random state is left as it was.
-
-    Args:
-        real, generated: uint8 (N, H, W) and (M, H, W) of one modality.
-        real_subjects, generated_subjects: N and M subject names. All images of a subject fall on one side.
-        epochs: passes over the training images.
-        batch_size: images a step.
-        held_out: share of the subjects to test on.
-        seed: seed of split, initial weights and order.
-
-    Returns:
-        (N,) and (M,) float arrays: the logit for "generated" of held-out images, NaN for those trained on.
-
-    Raises:
-        TypeError, ValueError: see [`~dldm_pipeline.metrics.features.check_images`]; ValueError on fewer than 2 subjects
-            in a set, or unequal image sizes.
-    """
-    check_images(real, "real")
-    check_images(generated, "generated")
-    if real.shape[1:] != generated.shape[1:]:
-        raise ValueError(f"real images are {real.shape[1:]} and generated {generated.shape[1:]}: give equal sizes.")
-    tested = _held_out(real_subjects, generated_subjects, held_out, seed)
-    is_tested = np.isin(np.concatenate([np.asarray(real_subjects), np.asarray(generated_subjects)]), list(tested))
-    label = np.r_[np.zeros(len(real)), np.ones(len(generated))].astype(np.float32)
-    rows = np.flatnonzero(~is_tested)
-
-    def batch(chosen: np.ndarray) -> torch.Tensor:
-        first, second = chosen[chosen < len(real)], chosen[chosen >= len(real)] - len(real)
-        pixels = np.empty((len(chosen), *real.shape[1:]), dtype=np.uint8)
-        pixels[chosen < len(real)], pixels[chosen >= len(real)] = real[first], generated[second]
-        return torch.from_numpy(pixels)[:, None].float() / 127.5 - 1.0
-
-    rng = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        layers: list[torch.nn.Module] = []
-        # Wide, overlapping patches first: every pixel is seen, and the costly fine grid is left at once.
-        for width_in, width, kernel, stride in ((1, 32, 8, 4), (32, 64, 3, 2), (64, 64, 3, 2)):
-            layers += [torch.nn.Conv2d(width_in, width, kernel, stride, padding=(kernel - 1) // 2, bias=False)]
-            layers += [torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
-        model = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 1))
-    steps = epochs * -(-len(rows) // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=max(steps, 1))
-    model.train()
-    for _ in range(epochs):
-        order = rng.permutation(rows)
-        for part in np.array_split(order, -(-len(order) // batch_size)):
-            logits = model(batch(part))[:, 0]
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(label[part]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-
-    model.eval()
-    scores = np.full(len(label), np.nan)
-    with torch.no_grad():
-        for part in np.array_split(np.flatnonzero(is_tested), -(-int(is_tested.sum()) // 256)):
-            scores[part] = model(batch(part))[:, 0].numpy()
-    return scores[: len(real)], scores[len(real) :]
-
-
-def two_sample_auc(
-    real: np.ndarray,
-    generated: np.ndarray,
-    real_subjects: Sequence[str],
-    generated_subjects: Sequence[str],
-    epochs: int = 6,
-    seed: int = 0,
-) -> float:
-    """Area under the ROC curve of [`two_sample_scores`] on held-out subjects: 0.5 cannot be told apart, 1 always.
-
-    Args and errors: as in [`two_sample_scores`].
-    """
-    first, second = two_sample_scores(real, generated, real_subjects, generated_subjects, epochs=epochs, seed=seed)
-    return auc(first[~np.isnan(first)], second[~np.isnan(second)])
-
-
 def half_samples(subjects: Sequence[str], count: int, seed: int = 0) -> list[np.ndarray]:
-    """Random halves of the subjects, drawn without replacement, as masks over images.
+    """`count` random halves of the subjects without replacement, as bool masks (N,) over their images.
 
-    Odd numbers are rounded up and down by turns.
-
-    Args:
-        subjects: the N subject names, one an image.
-        count: number of halves.
-        seed: seed of the draw.
-
-    Returns:
-        `count` bool arrays (N,).
+    Odd numbers of subjects are rounded up and down by turns.
     """
     names, owner = np.unique(np.asarray(subjects), return_inverse=True)
     rng = np.random.default_rng(seed)
@@ -420,150 +195,122 @@ def half_samples(subjects: Sequence[str], count: int, seed: int = 0) -> list[np.
     return halves
 
 
-def _interval(value: float, resampled: np.ndarray, confidence: float, limits: tuple[float, float]) -> tuple:
-    """(low, high) around `value` from the spread of resampled values; (None, None) where there is no spread to see."""
-    known = resampled[np.isfinite(resampled)]
-    if len(known) < 2 or not np.isfinite(value):
-        return None, None
-    tail = (1.0 - confidence) / 2.0
-    low, high = value + np.quantile(known, [tail, 1.0 - tail]) - known.mean()
-    return float(np.clip(low, *limits)), float(np.clip(high, *limits))
+@dataclass
+class _Sample:
+    """What takes part of one set in one modality: rows of the images, their subjects, and features of two networks."""
+
+    images: np.ndarray  # of the whole set: a view
+    rows: np.ndarray
+    subjects: np.ndarray
+    features: np.ndarray | None = None
+    neighbour_features: np.ndarray | None = None
+
+
+def _scores(
+    real: _Sample, other: _Sample, k: int, num_resamples: int, num_pairs: int, epochs: int, seed: int
+) -> dict[str, list[float]]:
+    """Score → its value on the full samples, then its values on half-samples."""
+    if num_pairs:
+        pairs = subject_pairs(other.subjects, num_pairs, seed)
+        similarity = pair_similarity(other.images[other.rows], pairs)
+    if epochs:
+        images = (sample.images[sample.rows] for sample in (real, other))
+        logits = two_sample_scores(*images, real.subjects, other.subjects, epochs, seed)
+
+    def measure(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+        scores = dict.fromkeys(list(SCORES)[:6], np.nan)
+        if min(a.sum(), b.sum()) > k:
+            scores = feature_scores(real.features[a], other.features[b], k)
+            if real.neighbour_features is not None:
+                scores |= neighbour_scores(real.neighbour_features[a], other.neighbour_features[b], k)
+        if num_pairs:
+            inside = b[pairs].all(axis=1)
+            scores["diversity"] = float(similarity[inside].mean()) if inside.any() else np.nan
+        if epochs:
+            # Only held-out images have a logit; half of their subjects are in the half-sample on average.
+            scores["two_sample_auc"] = auc(*(x[part & ~np.isnan(x)] for x, part in zip(logits, (a, b), strict=True)))
+        return scores
+
+    # One seed for all modalities: where they show the same subjects they are resampled together, so the interval of the
+    # average over modalities is right although the modalities of a subject are no independent samples.
+    halves = (half_samples(s.subjects, num_resamples, seed + i) for i, s in enumerate((real, other)))
+    whole = (np.ones(len(sample.rows), dtype=bool) for sample in (real, other))
+    measured = [measure(*parts) for parts in [tuple(whole), *zip(*halves, strict=True)]]
+    return {score: [one[score] for one in measured] for score in measured[0]}
 
 
 def _compare(
-    real: dict,
-    other: dict,
-    modalities: Sequence[str],
-    k: int,
-    num_resamples: int,
-    confidence: float,
-    num_pairs: int,
-    epochs: int,
-    seed: int,
-    progress: bool,
-    desc: str,
-) -> dict:
-    """Scores `other` against `real` in every modality; both hold, by modality, the lists made in `evaluate_fidelity`."""
-    values: dict[str, list[float]] = {}
-    resampled: dict[str, list[np.ndarray]] = {}
-    bar = tqdm(total=len(modalities) * (1 + num_resamples), desc=desc, disable=not progress)
-
-    for name in modalities:
-        x, y = real[name], other[name]
-        # One seed for all modalities: where they show the same subjects they are resampled together, so the interval of
-        # the average over modalities is right although the modalities of a subject are no independent samples.
-        halves_x, halves_y = (half_samples(s["subjects"], num_resamples, seed + i) for i, s in enumerate((x, y)))
-        own: dict[str, float] = feature_scores(x["features"], y["features"], k)
-        if x["neighbour_features"] is not None:
-            own.update(neighbour_scores(x["neighbour_features"], y["neighbour_features"], k))
-        if num_pairs:
-            pairs = subject_pairs(y["subjects"], num_pairs, seed)
-            similarity = pair_similarity(y["images"][y["rows"]], pairs)
-            own["diversity"] = float(similarity.mean())
-        if epochs:
-            images = (s["images"][s["rows"]] for s in (x, y))
-            logits = two_sample_scores(*images, x["subjects"], y["subjects"], epochs, seed=seed)
-            own["two_sample_auc"] = auc(*(part[~np.isnan(part)] for part in logits))
-        bar.update()
-
-        drawn: dict[str, list[float]] = {score: [] for score in own}
-        for a, b in zip(halves_x, halves_y, strict=True):
-            if min(a.sum(), b.sum()) > k:
-                part = feature_scores(x["features"][a], y["features"][b], k)
-                if x["neighbour_features"] is not None:
-                    part.update(neighbour_scores(x["neighbour_features"][a], y["neighbour_features"][b], k))
-            else:
-                part = dict.fromkeys(SCORES, np.nan)
-            if num_pairs:
-                inside = b[pairs].all(axis=1)
-                part["diversity"] = float(similarity[inside].mean()) if inside.any() else np.nan
-            if epochs:
-                # Only held-out images have a logit; half of their subjects are in the half-sample on average.
-                here = (logit[half & ~np.isnan(logit)] for logit, half in zip(logits, (a, b), strict=True))
-                part["two_sample_auc"] = auc(*here)
-            for score in own:
-                drawn[score].append(part[score])
-            bar.update()
-        for score, value in own.items():
-            values.setdefault(score, []).append(value)
-            resampled.setdefault(score, []).append(np.array(drawn[score]))
-    bar.close()
-
+    real: dict[str, _Sample], other: dict[str, _Sample], options: dict, desc: str, progress: bool
+) -> dict[str, dict]:
+    """Score → modality, or `mean` → value and interval."""
+    bar = tqdm(real, desc=desc, disable=not progress)
+    each = {name: _scores(real[name], other[name], **options) for name in bar}
     result: dict[str, dict] = {}
-    for score in values:
-        entries = list(zip(modalities, values[score], resampled[score], strict=True))
-        entries.append(("mean", float(np.mean(values[score])), np.mean(resampled[score], axis=0)))
-        result[score] = {}
-        for name, value, spread in entries:
-            low, high = _interval(value, spread, confidence, SCORES[score][1])
-            result[score][name] = {"value": float(value), "low": low, "high": high}
+    for score in next(iter(each.values())):
+        entries = {name: np.array(one[score]) for name, one in each.items()}
+        entries["mean"] = np.mean(list(entries.values()), axis=0)
+        result[score] = {name: _interval(*np.split(e, [1]), SCORES[score][1]) for name, e in entries.items()}
     return result
 
 
+def _interval(value: np.ndarray, resampled: np.ndarray, limits: tuple[float, float]) -> dict[str, float | None]:
+    """`value`, and `low` and `high` from the resampled values around it; None where there are too few."""
+    known = resampled[np.isfinite(resampled)]
+    low = high = None
+    if len(known) >= 2 and np.isfinite(value[0]):
+        tail = (1.0 - CONFIDENCE) / 2.0
+        ends = value + np.quantile(known, [tail, 1.0 - tail]) - known.mean()
+        low, high = np.clip(ends, *limits).tolist()
+    return {"value": float(value[0]), "low": low, "high": high}
+
+
 def evaluate_fidelity(
-    real: np.ndarray,
-    generated: np.ndarray,
+    real: Slices,
+    generated: Slices,
     modalities: Sequence[str],
     extractor: FeatureExtractor,
-    real_subjects: Sequence[str],
-    generated_subjects: Sequence[str] | None = None,
-    second_real: np.ndarray | None = None,
-    second_subjects: Sequence[str] | None = None,
-    real_present: np.ndarray | None = None,
-    generated_present: np.ndarray | None = None,
-    second_present: np.ndarray | None = None,
+    second: Slices | None = None,
     neighbour_extractor: FeatureExtractor | None = None,
     floor: dict | None = None,
     k: int = 3,
     num_resamples: int = 50,
-    confidence: float = 0.95,
     num_pairs: int = 1000,
     epochs: int = 6,
-    window: str = "1 of the [0, 1] window of each volume is 255",
     cache: str | os.PathLike | None = None,
-    batch_size: int = 8,
     progress: bool = True,
     seed: int = 0,
 ) -> dict:
     """Every score of generated against real images, per modality and averaged, beside the real-against-real floor.
 
     **Floor.** The same scores for a second set of real images, of other subjects, in place of the generated ones. Without
-    `second_real`, the real *subjects* are split into two halves at random: one is what everything is compared with, the
-    other is the floor. Either way the generated set and the floor are cut to the same number of images in each modality
-    (a random choice), because all of these figures depend on it.
+    `second`, the real *subjects* are split into two halves at random: everything is compared with one half, and the other
+    is the floor. Either way the generated set and the floor are cut to the same number of images in each modality (a
+    random choice), because all of these figures depend on it.
 
     **Intervals.** Subjects of both sets are resampled, and every score on features is computed anew. The resampling is by
     random halves without replacement (the delete-half jackknife of Shao and Wu 1989), whose deviations have the variance
     of the full sample. The ordinary bootstrap would not do: a subject drawn twice is its own nearest neighbour at
-    distance 0, which ruins every k-th neighbour distance, and repeats inflate the Fréchet distance. The interval is the
-    full sample's value plus the quantiles of the deviations from their mean. For the two-sample test the network is not
-    trained again: the interval is that of testing on other subjects. For diversity, pairs inside the half are averaged,
-    which errs on the wide side. Subjects of the modalities are resampled together.
+    distance 0, and repeats inflate the Fréchet distance. The interval is the full sample's value plus the quantiles of
+    the deviations from their mean. The two-sample test's network is not trained again: its interval is that of testing on
+    other subjects. For diversity, pairs inside the half are averaged, which makes the interval too wide rather than too
+    narrow. Subjects of the modalities are resampled together.
 
-    Memory: images are read in batches, and distances and kernels in blocks of rows, so beyond the images themselves it
-    grows by the features alone.
+    Beyond the images, memory grows by the features alone.
 
     Args:
-        real, generated: uint8 (N, n, H, W) and (M, n, H, W), 0-255, as [`~dldm_pipeline.metrics.features.to_uint8`]
-            makes them.
+        real, generated: slices of the n modalities. A generated image is usually a subject of its own (no `subjects`).
         modalities: the n names.
         extractor: from [`~dldm_pipeline.metrics.features.load_extractor`].
-        real_subjects: N subject names.
-        generated_subjects: M subject names; None if each image is a subject of its own, as generated ones are.
-        second_real, second_subjects: uint8 (K, n, H, W) and K subject names: a second real sample for the floor.
-        real_present, generated_present, second_present: bool (N, n) and so on; None if all modalities are there.
+        second: a second real sample, of other subjects, for the floor.
         neighbour_extractor: another network for precision, recall, density and coverage, as the literature has them on
             VGG16; None for the same one.
         floor: `["floor"]` of an earlier result for the same real images, number of generated ones and settings, so that
             it is not computed again for each compared system; refused if its counts or settings differ.
         k: neighbours.
-        num_resamples: half-samples for the intervals; 0 for none.
-        confidence: share of the deviations inside the interval.
+        num_resamples: half-samples for the 95 % intervals; 0 for none.
         num_pairs: pairs for the diversity; 0 leaves it out. Images under 33 pixels have none.
         epochs: of the two-sample test's network; 0 leaves the test out.
-        window: how intensities were scaled, for the report.
         cache: folder of cached features, or None.
-        batch_size: images per forward pass of the extractors.
         progress: show progress bars.
         seed: seed of all random choices.
 
@@ -577,96 +324,89 @@ def evaluate_fidelity(
         - `num_images`: modality → `real`, `generated`, `floor`; `num_subjects`: the same
         - `extractor`, `neighbour_extractor`: see [`~dldm_pipeline.metrics.features.FeatureExtractor.describe`]
         - `titles`: what the two distances may be called; `best`: score → best value
-        - `window`, `ssim_window`, `k`, `num_resamples`, `confidence`, `seed`, `modalities`
+        - `ssim_window`, `k`, `num_resamples`, `confidence`, `seed`, `modalities`
 
     Raises:
-        TypeError: if images are not uint8.
         ValueError: on wrong shapes or counts, fewer than k + 1 images in a modality, fewer than 2 subjects.
     """
-    sets = {
-        "real": _as_set("real", real, real_subjects, real_present, modalities),
-        "generated": _as_set("generated", generated, generated_subjects, generated_present, modalities),
-    }
-    if second_real is not None:
-        sets["floor"] = _as_set("second_real", second_real, second_subjects, second_present, modalities)
-        source = "a second real set"
-    else:
-        names = np.unique(sets["real"]["subjects"])
+    sets = {"real": real, "generated": generated, "floor": real if second is None else second}
+    for title, slices in sets.items():
+        slices.check_modalities(modalities, title)
+    sizes = {title: slices.images.shape[2:] for title, slices in sets.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"image sizes differ: {sizes}. Bring all sets to one size before they are compared.")
+    subjects = {title: slices.names(title) for title, slices in sets.items()}
+    eligible = {title: np.ones(len(slices), dtype=bool) for title, slices in sets.items()}
+    source = "a second real set"
+    if second is None:
+        source = "half of the real subjects against the other half"
+        subjects["floor"] = subjects["real"]
+        names = np.unique(subjects["real"])
         if len(names) < 2:
             raise ValueError(
-                f"real_subjects holds {len(names)} subject: the floor needs at least 2 to split by subject. "
-                "Give more subjects, or a second_real set."
+                f"real has {len(names)} subject: the floor needs at least 2 to split by subject. "
+                "Give more subjects, or a second real set."
             )
-        chosen = np.random.default_rng(seed).permutation(names)[: len(names) // 2]
-        second = np.isin(sets["real"]["subjects"], chosen)
-        sets["floor"] = {**sets["real"], "rows": second}
-        sets["real"] = {**sets["real"], "rows": ~second}
-        source = "half of the real subjects against the other half"
-    if len({s["images"].shape[2:] for s in sets.values()}) > 1:
-        sizes = {title: s["images"].shape[2:] for title, s in sets.items()}
-        raise ValueError(f"image sizes differ: {sizes}. Bring all sets to one size before they are compared.")
-    side = min(real.shape[2:])
+        eligible["floor"] = np.isin(subjects["real"], np.random.default_rng(seed).permutation(names)[: len(names) // 2])
+        eligible["real"] = ~eligible["floor"]
+    side = min(sizes["real"])
     num_pairs = num_pairs if side > 32 else 0
 
     # Which images of each set take part, per modality; a permutation of the rows shared by the modalities keeps subjects
     # with all modalities together.
     rng = np.random.default_rng(seed)
-    order = {title: rng.permutation(len(s["images"])) for title, s in sets.items()}
-    parts: dict[str, dict[str, dict]] = {title: {} for title in sets}
+    order = {title: rng.permutation(len(slices)) for title, slices in sets.items()}
+    samples: dict[str, dict[str, _Sample]] = {title: {} for title in sets}
     for m, name in enumerate(modalities):
-        rows = {t: order[t][(s["rows"] & s["present"][:, m])[order[t]]] for t, s in sets.items()}
+        rows = {t: order[t][(eligible[t] & s.present[:, m])[order[t]]] for t, s in sets.items()}
         least = min(len(rows["generated"]), len(rows["floor"]))
-        for title, s in sets.items():
+        for title, slices in sets.items():
             chosen = np.sort(rows[title] if title == "real" else rows[title][:least])
             if len(chosen) < k + 1:
                 raise ValueError(
                     f"{title} has {len(chosen)} images of {name}: k={k} neighbours need at least {k + 1}. "
                     "Give more subjects."
                 )
-            parts[title][name] = {"rows": chosen, "subjects": s["subjects"][chosen]}
-    counts = {name: {title: len(parts[title][name]["rows"]) for title in sets} for name in modalities}
-    settings = {
-        "k": k, "num_resamples": num_resamples, "confidence": confidence, "num_pairs": num_pairs, "epochs": epochs,
-        "seed": seed, "extractor": extractor.weights_hash,
+            samples[title][name] = _Sample(slices.images[:, m], chosen, subjects[title][chosen])
+    counts = {name: {title: len(samples[title][name].rows) for title in sets} for name in modalities}
+    options = {"k": k, "num_resamples": num_resamples, "num_pairs": num_pairs, "epochs": epochs, "seed": seed}
+    settings = options | {
+        "confidence": CONFIDENCE,
+        "extractor": extractor.weights_hash,
         "neighbour_extractor": (neighbour_extractor or extractor).weights_hash,
-    }  # fmt: skip
-    if floor is not None and (
-        floor["settings"] != settings
-        or floor["source"] != source
-        or any(floor["num_images"][name] != {t: counts[name][t] for t in ("real", "floor")} for name in modalities)
-    ):
+    }
+    floor_counts = {name: {title: counts[name][title] for title in ("real", "floor")} for name in modalities}
+    if floor is not None and [floor[key] for key in ("settings", "source", "num_images")] != [
+        settings, source, floor_counts,
+    ]:  # fmt: skip
         raise ValueError(
             "floor was measured with other settings or numbers of images; leave it out to measure it anew."
         )
 
-    for title, s in sets.items():
-        for m, name in enumerate(modalities):
-            part = parts[title][name]
-            # All rows of a set are featurised, whatever the choice above: the cache then serves any choice.
-            present = np.flatnonzero(s["present"][:, m])
-            part["images"] = s["images"][:, m]  # a view: images are copied one modality at a time, where they are used
-            images = part["images"] if len(present) == len(part["images"]) else part["images"][present]
-            where = np.searchsorted(present, part["rows"])
+    for title in sets if floor is None else ("real", "generated"):
+        for m, (name, sample) in enumerate(samples[title].items()):
+            # All images of a set are put through the network, whatever the choice above: the cache serves any choice.
+            present = np.flatnonzero(sets[title].present[:, m])
+            where = np.searchsorted(present, sample.rows)
             for key, network in (("features", extractor), ("neighbour_features", neighbour_extractor)):
-                part[key] = None
-                if network is not None and not (title == "floor" and floor is not None):
+                if network is not None:
+                    images = sample.images if len(present) == len(sample.images) else sample.images[present]
                     desc = f"{network.name}: {title} {name}"
-                    part[key] = network(images, batch_size, cache, progress, desc)[where]
+                    setattr(sample, key, network(images, cache=cache, progress=progress, desc=desc)[where])
 
-    options = (modalities, k, num_resamples, confidence, num_pairs, epochs, seed, progress)
-    scores = _compare(parts["real"], parts["generated"], *options, "score")
+    scores = _compare(samples["real"], samples["generated"], options, "score", progress)
     if floor is None:
         floor = {
-            "scores": _compare(parts["real"], parts["floor"], *options, "floor"),
+            "scores": _compare(samples["real"], samples["floor"], options, "floor", progress),
             "source": source,
             "settings": settings,
-            "num_images": {name: {t: counts[name][t] for t in ("real", "floor")} for name in modalities},
+            "num_images": floor_counts,
         }
     real_diversity = None
     if num_pairs:
         real_diversity = {
-            name: diversity(part["images"][part["rows"]], part["subjects"], num_pairs, seed)
-            for name, part in parts["real"].items()
+            name: diversity(sample.images[sample.rows], sample.subjects, num_pairs, seed)
+            for name, sample in samples["real"].items()
         }
         real_diversity["mean"] = float(np.mean(list(real_diversity.values())))
     return {
@@ -675,132 +415,16 @@ def evaluate_fidelity(
         "diversity_real": real_diversity,
         "num_images": counts,
         "num_subjects": {
-            name: {title: len(np.unique(parts[title][name]["subjects"])) for title in sets} for name in modalities
+            name: {title: len(np.unique(samples[title][name].subjects)) for title in sets} for name in modalities
         },
         "modalities": list(modalities),
         "extractor": extractor.describe(),
         "neighbour_extractor": (neighbour_extractor or extractor).describe(),
         "titles": {"frechet_distance": extractor.frechet_title, "kernel_distance": extractor.kernel_title},
         "best": {score: best for score, (best, _) in SCORES.items()},
-        "window": window,
         "ssim_window": ssim_window(side) if num_pairs else None,
         "k": k,
         "num_resamples": num_resamples,
-        "confidence": confidence,
+        "confidence": CONFIDENCE,
         "seed": seed,
     }
-
-
-def _as_set(
-    title: str,
-    images: np.ndarray,
-    subjects: Sequence[str] | None,
-    present: np.ndarray | None,
-    modalities: Sequence[str],
-) -> dict:
-    """Checks one set of images and puts it with its subject names and presence into a dict."""
-    if len(images.shape) != 4 or images.shape[1] != len(modalities):
-        raise ValueError(
-            f"{title} has shape {tuple(images.shape)}: needed are (N, {len(modalities)}, H, W), one channel for each of "
-            f"{', '.join(modalities)}. Give the modalities in this order and leave out masks and colour channels."
-        )
-    if images.dtype != np.uint8:
-        check_images(images[:1, 0], title)
-    count = len(images)
-    names = np.array([f"{title}-{i}" for i in range(count)] if subjects is None else [str(s) for s in subjects])
-    present = np.ones(images.shape[:2], dtype=bool) if present is None else np.asarray(present, dtype=bool)
-    if len(names) != count or present.shape != images.shape[:2]:
-        raise ValueError(
-            f"{title} has {count} images, {len(names)} subject names and presence of shape {present.shape}: "
-            "give one name and one row of presence for each image."
-        )
-    return {"images": images, "subjects": names, "present": present, "rows": np.ones(count, dtype=bool)}
-
-
-def range_sweep(
-    extractor: FeatureExtractor,
-    real: np.ndarray,
-    generated: np.ndarray,
-    white: Sequence[float] = (255.0, 128.0, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0),
-    batch_size: int = 8,
-    progress: bool = True,
-) -> dict:
-    """Fréchet distance of the same two sets of images when white is 255, as the networks expect, down to 1.
-
-    White at 1 is the mistake of giving [0, 1] images to clean-fid. It normalises by (x - 128) / 128, so all of them lie
-    within 1/128 of one value and the features with them. Were the features linear in the intensities, the distance would
-    shrink 255² = 65,025 times. Measured with EfficientNet-Lite0, which normalises in the same way up to one intensity,
-    on 150 against 150 simulated T1 slices: 19.0 for two real halves becomes 0.00026 (73,889 times smaller), and 61.0 for
-    real against blurred ones becomes 0.0083 (7,361 times). The paper's clean-FID of 0.0007 is probably of that kind. As
-    the factor differs from pair to pair (the ratio of those two distances goes from 3.2 to 32), the *ratio* of two
-    systems measured with the same mistake is not their right ratio either.
-
-    Args:
-        extractor: any of them; what it shows is its own factor, not another network's.
-        real, generated: uint8 (N, H, W) and (M, H, W), 0-255.
-        white: intensities that white is brought to.
-        batch_size: images per forward pass.
-        progress: show a progress bar.
-
-    Returns:
-        dict with `white` (list), `frechet_distance` (list), `shrink_factor` (the distance at 255 over that at 1),
-        `linear_factor` (65,025) and `extractor` (its title).
-
-    Raises:
-        TypeError, ValueError: see [`~dldm_pipeline.metrics.features.check_images`]; ValueError if `white` lacks 255 or 1.
-    """
-    check_images(real, "real")
-    check_images(generated, "generated")
-    white = [float(value) for value in white]
-    if 255.0 not in white or 1.0 not in white:
-        raise ValueError(f"white={white}: it must hold 255 and 1, whose distances give the factor.")
-    distances = []
-    for value in tqdm(white, desc="range", disable=not progress):
-        sets = (_Scaled(images, value / 255.0) for images in (real, generated))
-        distances.append(frechet_distance(*(extractor._compute(images, batch_size) for images in sets)))
-    return {
-        "white": white,
-        "frechet_distance": distances,
-        "shrink_factor": distances[white.index(255.0)] / distances[white.index(1.0)],
-        "linear_factor": 255.0**2,
-        "extractor": extractor.title,
-    }
-
-
-class _Scaled:
-    """Images times a factor, scaled as they are read, so that no float copy of the whole set is made."""
-
-    def __init__(self, images: np.ndarray, factor: float) -> None:
-        self.images, self.factor = images, factor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.images[rows].astype(np.float32) * np.float32(self.factor)
-
-
-def plot_range_sweep(result: dict, path: str | os.PathLike) -> Path:
-    """Figure of [`range_sweep`]: distance against the intensity of white, both logarithmic, with the linear law beside.
-
-    Args:
-        result: from [`range_sweep`].
-        path: where to write it; the ending (.png, .svg) sets the format.
-
-    Returns:
-        The path.
-    """
-    from matplotlib.figure import Figure
-
-    white, distance = np.array(result["white"]), np.array(result["frechet_distance"])
-    figure = Figure(figsize=(5.0, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.loglog(white, distance, "o-", label=result["extractor"])
-    law = distance[white == 255.0][0] * (white / 255.0) ** 2
-    axes.loglog(white, law, ":", color="grey", label="features linear in intensity")
-    axes.set_xlabel("intensity of white (255 expected; 1 is [0, 1] images)")
-    axes.set_ylabel("Fréchet distance")
-    axes.set_title(f"[0, 1] images: {result['shrink_factor']:,.0f} times too small")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    return Path(path)

@@ -13,6 +13,7 @@ from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.metrics.alignment import evaluate_alignment
 from dldm_pipeline.metrics.features import FeatureExtractor
 from dldm_pipeline.metrics.fidelity import evaluate_fidelity
+from dldm_pipeline.metrics.images import Slices
 from dldm_pipeline.metrics.report import (
     PAPER,
     SECOND,
@@ -55,7 +56,7 @@ def fidelity(subjects) -> dict[str, dict]:
     systems = {"DLDM": images[20:], "StyleGAN2": images[20:] // 2 + 40}
     return {
         name: evaluate_fidelity(
-            images[:10], drawn, NAMES, extractor, names[:10], second_real=images[10:20], second_subjects=names[10:20],
+            Slices(images[:10], names[:10]), Slices(drawn), NAMES, extractor, Slices(images[10:20], names[10:20]),
             num_resamples=4, epochs=1, num_pairs=8, progress=False,
         )
         for name, drawn in systems.items()

@@ -19,8 +19,9 @@ from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.sheet import evenly_spaced_rows, subjects_sheet
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.hub import write_model_card, write_pretrained
-from dldm_pipeline.metrics.features import load_extractor, to_uint8
+from dldm_pipeline.metrics.features import load_extractor
 from dldm_pipeline.metrics.fidelity import kernel_distance
+from dldm_pipeline.metrics.images import to_uint8
 from dldm_pipeline.training_args import BaselineArgs
 from dldm_pipeline.training_state import TrainingClock
 

@@ -1,0 +1,145 @@
+"""8-bit images in memory, as every measure on pixels and on features takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+
+def to_uint8(images: np.ndarray | torch.Tensor, name: str = "images") -> np.ndarray:
+    """Images as 8-bit ones. Floats in [0, 1] are multiplied by 255 and rounded, as a PNG would hold them.
+
+    Args:
+        images: array or tensor of any shape: floats in [0, 1], or uint8, which is returned as it is.
+        name: what an error message calls them.
+
+    Raises:
+        TypeError: if the images are neither floats nor uint8.
+        ValueError: if floats leave [0, 1] or hold NaN.
+    """
+    images = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise TypeError(f"{name} are {images.dtype}: give floats in [0, 1], or uint8 from 0 to 255.")
+    low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
+    # The comparison is written so that NaN fails it too.
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(
+            f"{name} span {low:g} to {high:g}: floats must be in [0, 1]. Scale them by one window per volume, "
+            "or clip what a decoder put slightly outside."
+        )
+    return np.rint(images * 255.0).astype(np.uint8)
+
+
+def check_images(images: np.ndarray, name: str = "images") -> None:
+    """Raises one clear error unless `images` are 8-bit grey images (N, H, W) that use the 0-255 range.
+
+    Args:
+        images: array, or anything with its `dtype`, `shape` and slicing (a memory map, for example).
+        name: what the message calls them.
+
+    Raises:
+        TypeError: if the dtype is not uint8; floats in [0, 1] get an explanation.
+        ValueError: if the shape is not (N, H, W), N is 0, or no intensity exceeds 1.
+    """
+    if images.dtype != np.uint8:
+        high = float(np.max(images[: min(len(images), 64)])) if images.size else 0.0
+        if np.issubdtype(images.dtype, np.floating) and high <= 1.0:
+            raise TypeError(
+                f"{name} are {images.dtype} with a largest value of {high:g}, so probably in [0, 1]. The networks read "
+                "0-255, and on [0, 1] every distance is thousands of times too small. Convert them by to_uint8(images)."
+            )
+        raise TypeError(
+            f"{name} are {images.dtype}: features are taken from uint8 images in 0-255. "
+            "Scale to [0, 1] and convert by to_uint8(images)."
+        )
+    if len(images.shape) != 3:
+        raise ValueError(
+            f"{name} have shape {tuple(images.shape)}: features are taken from grey images (N, H, W). Give one modality "
+            "at a time, images[:, m], and no colour channels."
+        )
+    if images.shape[0] == 0:
+        raise ValueError(f"{name} have shape {tuple(images.shape)}: no image to take features from. Give at least one.")
+    if max(int(np.max(images[start : start + 256])) for start in range(0, len(images), 256)) <= 1:
+        raise ValueError(
+            f"{name} hold nothing above 1 of 255: [0, 1] images cast to uint8 without scaling. "
+            "Convert the original floats by to_uint8(images)."
+        )
+
+
+@dataclass(eq=False)
+class Slices:
+    """N slices of n modalities in memory.
+
+    Args:
+        images: (N, n, H, W), uint8 in 0-255, or floats in [0, 1], which are converted by [`to_uint8`].
+        subjects: N subject names, one a slice; every slice is a subject of its own if None.
+        present: bool (N, n), which images are there; all if None.
+
+    Raises:
+        TypeError, ValueError: on an argument that does not fit, named in the message.
+    """
+
+    images: np.ndarray
+    subjects: np.ndarray | Sequence[str] | None = None
+    present: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.images = to_uint8(self.images)
+        if self.images.ndim != 4 or 0 in self.images.shape:
+            raise ValueError(f"images have shape {self.images.shape}; it must be (slices, modalities, height, width).")
+        if self.subjects is not None:
+            self.subjects = np.asarray(self.subjects).astype(str)
+            if self.subjects.shape != (len(self),):
+                raise ValueError(f"subjects has {len(self.subjects)} names for {len(self)} slices; give one for each.")
+        shape = self.images.shape[:2]
+        self.present = np.ones(shape, dtype=bool) if self.present is None else np.asarray(self.present, dtype=bool)
+        if self.present.shape != shape:
+            raise ValueError(f"present has shape {self.present.shape}; with these images it must be {shape}.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def names(self, prefix: str) -> np.ndarray:
+        """The N subject names; without any, `prefix` and a number for each slice."""
+        return np.array([f"{prefix}-{i}" for i in range(len(self))]) if self.subjects is None else self.subjects
+
+    def check_modalities(self, modalities: Sequence[str], name: str) -> None:
+        """Raises an error that calls the slices `name` unless they have one channel for each of `modalities`."""
+        if self.images.shape[1] != len(modalities):
+            raise ValueError(
+                f"{name} has images of shape {self.images.shape}: needed are (N, {len(modalities)}, H, W), one channel "
+                f"for each of {', '.join(modalities)}. Leave out masks and colour channels."
+            )
+
+
+def read_slices(dataset: Dataset, max_items: int | None = None, batch_size: int = 32, progress: bool = True) -> Slices:
+    """Reads a data set into memory as 8-bit images.
+
+    Args:
+        dataset: a `SliceDataset`, or anything with its items: `images` (n, H, W), `present` (n,), `subject`.
+        max_items: at most this many slices, evenly spaced over the whole set; all if None.
+        batch_size: slices at a time.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if the data set is empty, or `max_items` is below 1.
+    """
+    if len(dataset) == 0:
+        raise ValueError("dataset has no slices: nothing to compare with. Give a set with subjects.")
+    if max_items is not None and max_items < 1:
+        raise ValueError(f"max_items={max_items}: at least one slice is needed.")
+    if max_items is not None and max_items < len(dataset):
+        dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, max_items).round().astype(int).tolist())
+    images, subjects, present = [], [], []
+    for batch in tqdm(DataLoader(dataset, batch_size), desc="read", disable=not progress):
+        images.append(to_uint8(batch["images"]))
+        subjects += list(batch["subject"])
+        present.append(batch["present"].numpy())
+    return Slices(np.concatenate(images), subjects, np.concatenate(present))

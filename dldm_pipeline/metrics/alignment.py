@@ -22,7 +22,7 @@ from scipy.stats import entropy
 from tqdm.auto import tqdm
 
 from dldm_pipeline.data.slices import split_subjects
-from dldm_pipeline.muon import make_optimizers
+from dldm_pipeline.optimization import MuonAdamW
 
 from .reconstruction import dice, exchange_partners, mean_over_subjects
 
@@ -208,9 +208,8 @@ def train_segmenter(
         torch.default_generator.manual_seed(seed)
         segmenter = make_segmenter()
     # Muon and the weight: without either, a faint tumour (T1) stays unfound for hundreds of steps.
-    optimizers, tumour_weight = make_optimizers(segmenter, lr=2e-2), torch.tensor(10.0)
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR
-    schedulers = [one_cycle(o, max_lr=2e-2, total_steps=steps, cycle_momentum=False) for o in optimizers]
+    optimizer, tumour_weight = MuonAdamW(segmenter, lr=2e-2), torch.tensor(10.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=steps, cycle_momentum=False)
     for _ in tqdm(range(steps), desc="train segmenter", disable=not progress):
         rows = rng.choice(learnt, batch_size)
         image, mask = torch.from_numpy(images[rows])[:, None], torch.from_numpy(masks[rows]).float()
@@ -222,8 +221,8 @@ def train_segmenter(
         loss = F.binary_cross_entropy_with_logits(logits, mask, pos_weight=tumour_weight) + 1 - overlap.mean()
         segmenter.zero_grad()
         loss.backward()
-        for part in (*optimizers, *schedulers):
-            part.step()
+        optimizer.step()
+        scheduler.step()
     segmenter.eval()
     scores = dice(masks[tested], predict_masks(segmenter, images[tested]))
     return segmenter, float(mean_over_subjects(scores, [subjects[i] for i in tested]))

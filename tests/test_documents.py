@@ -38,7 +38,8 @@ FEW_STEPS = "--max_train_steps 2 --train_batch_size 2 --validation_steps 0"
 TWO_STEPS = "--num_inference_steps 2"
 SMALLER = {
     "training/prepare_dataset.py": "",
-    "training/train_autoencoder.py": f"{FEW_STEPS} --generated_subjects 2",
+    "training/train_autoencoder.py": FEW_STEPS,
+    "training/train_decoder.py": f"{FEW_STEPS} --generated_subjects 2",
     "training/train_ldm.py": FEW_STEPS,
     "training/baselines/train_stylegan2.py": f"{FEW_STEPS} --selection_subjects 0",
     "training/baselines/train_plain_ldm.py": f"{FEW_STEPS} --autoencoder_steps 2 --selection_subjects 0",
@@ -105,9 +106,9 @@ def run_script(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def small_scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with SCANS, forty subjects of one slice, and SUBJECT_FOLDER, one of them without its T2."""
+    """A folder with SCANS, ten subjects of one slice, and SUBJECT_FOLDER, one of them without its T2."""
     folder = tmp_path_factory.mktemp("scans")
-    subjects = [simulate_subject((1, i)) for i in range(40)]
+    subjects = [simulate_subject((1, i)) for i in range(10)]
     output = DLDMPipelineOutput(
         images=np.stack([subject.images for subject in subjects]),
         masks=np.stack([subject.mask for subject in subjects]) > 0,

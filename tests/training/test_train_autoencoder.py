@@ -5,7 +5,7 @@ import torch
 import train_autoencoder
 from safetensors.torch import load_file
 
-from dldm_pipeline import DisentangledAutoencoder
+from dldm_pipeline import DisentangledAutoencoder, encoding
 from dldm_pipeline.training_args import AutoencoderArgs
 
 MODALITIES = ("T1", "T2", "FLAIR")
@@ -65,7 +65,7 @@ def test_bad_input_is_one_line(words, tmp_path, refused, more, message):
     assert message in refused(train_autoencoder.main, words("autoencoder", tmp_path, *more))
 
 
-def test_every_term_of_the_loss_reaches_the_weights_it_is_for():
+def test_every_term_of_the_loss_reaches_the_weights_it_is_for(monkeypatch):
     args = AutoencoderArgs(target_modalities=1)
     model = DisentangledAutoencoder(
         MODALITIES, 32, 4, 4, 2, encoder_channels=(8, 8), decoder_channels=(8, 8), head_channels=8
@@ -82,6 +82,13 @@ def test_every_term_of_the_loss_reaches_the_weights_it_is_for():
         expected = {"mask": "mask_out", "foreground": "foreground_out"}.get(name, "structure_out")
         assert expected in reached, name
         assert ("head_out" in reached) == (name in ("l1", "mse", "edge", "spectrum")), name
+    # The subset's structure learns from that of all modalities, which does not move towards it.
+    monkeypatch.setattr(encoding, "random_subset", lambda present: present & (torch.arange(3) == 0))
+    subjects = batch()
+    gradient = torch.autograd.grad(
+        objective(subjects | {"images": subjects["images"].requires_grad_()})["agreement"], subjects["images"]
+    )[0]
+    assert gradient[:, 0].any() and not gradient[:, 1:].any()
     # The modality that is rebuilt worst is chosen the most often.
     objective.errors = torch.tensor([1e-6, 1e-6, 1.0])
     objective(batch())

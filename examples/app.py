@@ -1,11 +1,11 @@
-"""A page to try a pipeline in the browser: generate, blend two anatomies, fill in missing sequences, download.
+"""A web page to try a pipeline: generate, blend two anatomies, fill in missing sequences, download.
 
     pip install -e ".[demo]"
     python examples/app.py                                  # the bundled pipeline, on http://localhost:7860
     python examples/app.py --pipeline outputs/mine-sharp    # one that you trained, or one of the Hub
 
-As a Space (SDK gradio): this file as app.py, the folder dldm_pipeline beside it, and a requirements.txt that lists what
-setup.py has under install_requires. All that it draws is synthetic and not for diagnosis.
+As a Space (SDK gradio): this file as app.py, the folder dldm_pipeline beside it, and a requirements.txt with the packages that
+setup.py has under install_requires. All images are synthetic and not for diagnosis.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 INTRODUCTION = """# Multi-modal brain-tumour MRI from a disentangled latent diffusion model
 **Synthetic. Research only, not for diagnosis.** Every row is one subject; all its images share one anatomy."""
 FILL_IN = """Give the sequences that you have, aligned: one slice each as PNG or JPEG (nose up), or one volume each as NIfTI.
-The pipeline must have been trained on images like these. Files are deleted from the server after an hour or so."""
+Use a pipeline that was trained on images like these. Files are deleted from the server after about an hour."""
 
 KEEP_NOTHING, KEEP_ANATOMY, KEEP_APPEARANCE = (
     "nothing",
@@ -50,15 +50,15 @@ NIFTI, IMAGES = (".nii", ".nii.gz"), (".png", ".jpg", ".jpeg")
 
 @dataclass
 class Result:
-    """What one visitor sees: subjects, and what their files will say of them.
+    """The subjects that one visitor sees, and what their files will say about them.
 
     Args:
         output: from a call with `output_type="np"`.
-        names: one a subject.
-        settings: one a subject, what it was drawn with; has "seed".
+        names: one per subject.
+        settings: one per subject: the arguments of the call, with "seed".
         notice: of the files.
-        given: the images of the one subject that were uploaded, (H, W) in [0, 1] by modality.
-        pixel_spacing: in mm, where it is known.
+        given: the uploaded images of the one subject, (H, W) in [0, 1] by modality.
+        pixel_spacing: in mm, if it is known.
     """
 
     output: DLDMPipelineOutput
@@ -86,10 +86,10 @@ def generate(
     seeds = range(seed, seed + num_subjects)
     kept, name, notice = {}, "seed", NOTICE
     if keep == KEEP_ANATOMY:
-        # An anatomy that was uploaded stays that of a patient.
+        # An uploaded anatomy is a patient's in any appearance.
         kept, name, notice = {"structure": before.output.structure[chosen, None]}, "appearance", before.notice
     elif keep == KEEP_APPEARANCE:
-        # After filling in there are appearances of those sequences only.
+        # After filling in, only the filled-in sequences have styles.
         kept, name = {"styles": before.output.styles[chosen, None], "modalities": before.output.modalities}, "anatomy"
     output = pipeline(
         num_subjects=num_subjects,
@@ -110,13 +110,13 @@ def blend_structures(pipeline: DLDMPipeline, pair: torch.Tensor, count: int) -> 
     Spherical interpolation (Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985) in the denoiser's scale,
     where each channel has mean 0 and variance 1 over the training subjects.
     """
-    # Subjects there lie near a sphere of radius sqrt(number of latents). The straight line cuts through its inside, where
-    # no subject is: half-way its latents are up to sqrt(2) too small, which decodes to flat, faded anatomy.
+    # In that scale subjects lie near a sphere of radius sqrt(number of latents). Points on the straight line lie inside the
+    # sphere, half-way up to a factor sqrt(2) too near its centre, and decode to flat, faded anatomy.
     first, second = pipeline.autoencoder.normalize_structure(pair)
     cosine = F.cosine_similarity(first.flatten(), second.flatten(), dim=0)
-    angle = torch.arccos(cosine.clamp(-1, 1)).clamp(min=1e-3)  # a pair of the same subject has none
-    share = torch.linspace(0, 1, count, device=pair.device)[:, None, None, None]
-    blended = (torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second) / torch.sin(angle)
+    angle = torch.arccos(cosine.clamp(-1, 1)).clamp(min=1e-3)  # it is zero between a structure and itself
+    fraction = torch.linspace(0, 1, count, device=pair.device)[:, None, None, None]
+    blended = (torch.sin((1 - fraction) * angle) * first + torch.sin(fraction * angle) * second) / torch.sin(angle)
     return pipeline.autoencoder.denormalize_structure(blended)
 
 
@@ -127,27 +127,25 @@ def blend(pipeline: DLDMPipeline, seed: int, second_seed: int, num_subjects: int
         num_subjects=num_subjects,
         structure=blend_structures(pipeline, ends.structure, num_subjects),
         styles=ends.styles[:1],
-        generator=[seeded(seed) for _ in range(num_subjects)],  # the same noise, so that nothing but anatomy changes
+        generator=[seeded(seed) for _ in range(num_subjects)],  # the same noise, so that only the anatomy changes
         output_type="np",
     )
-    shares = [k / (num_subjects - 1) for k in range(num_subjects)]
-    return Result(
-        output,
-        [f"blend {share:.2f}" for share in shares],
-        [{"seed": seed, "second_seed": second_seed, "share_of_second": share} for share in shares],
-    )
+    fractions = [k / (num_subjects - 1) for k in range(num_subjects)]
+    settings = [{"seed": seed, "second_seed": second_seed, "fraction_of_second": fraction} for fraction in fractions]
+    return Result(output, [f"blend {fraction:.2f}" for fraction in fractions], settings)
 
 
 def fill_in(pipeline: DLDMTranslationPipeline, files: dict[str, str], seed: int, height: float) -> Result:
-    """The sequences that `files`, paths by modality, lack, of the slice at `height` per cent of the brain.
+    """The sequences that are missing in `files`, paths by modality, of the slice at `height` per cent of the brain.
 
     Raises:
         gr.Error: on files that cannot be used; the page shows it.
     """
-    known = list(pipeline.autoencoder.config.modalities)
-    if not 0 < len(files) < len(known):
-        raise gr.Error(f"Give at least one of {', '.join(known)}, and leave out at least one: that will be drawn.")
-    row = read_slice({name: Path(path) for name, path in files.items()}, pipeline.autoencoder.config, height)
+    config = pipeline.autoencoder.config
+    if not 0 < len(files) < len(config.modalities):
+        names = ", ".join(config.modalities)
+        raise gr.Error(f"Give at least one of {names}, and leave out at least one, which will be filled in.")
+    row = read_slice({name: Path(path) for name, path in files.items()}, config, height)
     given = {name: row[name] for name in files}
     output = pipeline(given, generator=seeded(seed), output_type="np")
     settings = {"seed": seed, "given": list(given), "slice_index": row["slice_index"]}
@@ -155,13 +153,13 @@ def fill_in(pipeline: DLDMTranslationPipeline, files: dict[str, str], seed: int,
 
 
 def read_slice(files: dict[str, Path], config: Any, height: float) -> dict[str, Any]:
-    """The row of `read_scan` at `height` per cent of those that show the brain; single images are volumes of one slice.
+    """The row of `read_scan` at `height` per cent of those that show the brain; an image is a volume of one slice.
 
     Raises:
         gr.Error: on a file that is broken, too large, of another kind, or does not fit the others.
     """
     if len({path.name.lower().endswith(NIFTI) for path in files.values()}) > 1:
-        raise gr.Error("Give either images or NIfTI volumes: an image cannot be placed in a volume.")
+        raise gr.Error("Give either images or NIfTI volumes: an image has no place in a volume.")
     with tempfile.TemporaryDirectory() as folder:
         volumes = {name: as_volume(path, Path(folder) / f"{name} {path.stem}.nii") for name, path in files.items()}
         try:
@@ -173,30 +171,26 @@ def read_slice(files: dict[str, Path], config: Any, height: float) -> dict[str, 
 
 
 def as_volume(path: Path, target: Path) -> Path:
-    """The path of a NIfTI file that holds what `path` shows: `path`, or for an image `target`, which is then written.
+    """The path of a NIfTI file: `path` itself if it is one; an image is written as a NIfTI file to `target`.
 
     Raises:
         gr.Error: on a file that is broken, too large, or of another kind.
     """
-    name = path.name.lower()
+    is_nifti = path.name.lower().endswith(NIFTI)
+    if not is_nifti and not path.name.lower().endswith(IMAGES):
+        raise gr.Error(f"{path.name}: give a PNG, JPEG or NIfTI file ({', '.join((*IMAGES, *NIFTI))}).")
     try:
-        if name.endswith(NIFTI):
-            size = math.prod(nib.load(path).shape)
-        elif name.endswith(IMAGES):
-            size = math.prod(PIL.Image.open(path, formats=["PNG", "JPEG"]).size)
-        else:
-            raise gr.Error(f"{path.name}: give a PNG, JPEG or NIfTI file ({', '.join((*IMAGES, *NIFTI))}).")
-        if size > MAX_VOXELS:
-            raise gr.Error(f"{path.name} has {size:,} pixels; at most {MAX_VOXELS:,} are taken here.")
-        if name.endswith(NIFTI):
-            return path
-        with PIL.Image.open(path) as image:
+        image = nib.load(path) if is_nifti else PIL.Image.open(path, formats=["PNG", "JPEG"])  # reads the header only
+        size = math.prod(image.shape if is_nifti else image.size)
+        if size <= MAX_VOXELS and not is_nifti:
             grey = np.asarray(image if image.mode.startswith("I") else image.convert("L"), dtype=np.float32)
-    except gr.Error:
-        raise
     except Exception as error:  # on broken files the decoders raise anything: SyntaxError, zlib.error, HeaderDataError
-        raise gr.Error(f"{path.name} cannot be read, it is damaged or not what its name says.") from error
-    # As `export_subjects` lays out its files. Images of different sizes are taken to show the same field.
+        raise gr.Error(f"{path.name} cannot be read: it is damaged, or not what its name says.") from error
+    if size > MAX_VOXELS:
+        raise gr.Error(f"{path.name} has {size:,} pixels; the limit is {MAX_VOXELS:,}.")
+    if is_nifti:
+        return path
+    # The layout of `export_subjects`. Images of different sizes are assumed to show the same field of view.
     volume, spacing = grey.T[::-1, ::-1, None], FIELD_OF_VIEW / max(grey.shape)
     affine = np.diag([spacing, spacing, 1, 1])
     affine[:2, 3] = [-(side - 1) / 2 * spacing for side in volume.shape[:2]]
@@ -204,13 +198,12 @@ def as_volume(path: Path, target: Path) -> Path:
     return target
 
 
-def draw_sheet(result: Result, outline: bool) -> PIL.Image.Image:
-    """A row each subject: what was given, what was drawn, and the tumour's outline, in all images if `outline`."""
+def make_sheet(result: Result, outline: bool) -> PIL.Image.Image:
+    """A row for each subject: given images, generated images, and the tumour's outline, in all images if `outline`."""
     output = result.output
-    given = np.stack(list(result.given.values()))[None] if result.given else output.images[:, :0]
     with tempfile.TemporaryDirectory() as folder:
         contact_sheet(
-            np.concatenate([given, output.images], axis=1),
+            [[*result.given.values(), *images] for images in output.images],
             output.masks,
             [f"{name} given" for name in result.given] + output.modalities,
             [f"synthetic {name}" for name in result.names],
@@ -221,20 +214,13 @@ def draw_sheet(result: Result, outline: bool) -> PIL.Image.Image:
 
 
 def pack(result: Result, chosen: int, checkpoint: Path) -> Iterator[str]:
-    """Yields the path of a zip file of one subject, which is there until the next step of the iterator."""
-    one, output = slice(chosen, chosen + 1), result.output
-    subject = DLDMPipelineOutput(
-        images=output.images[one],
-        masks=output.masks[one],
-        structure=output.structure[one],
-        styles=output.styles[one],
-        modalities=output.modalities,
-    )
+    """Yield the path of a zip file of one subject, which exists until the iterator goes on."""
+    arrays = {name: result.output[name][chosen, None] for name in ("images", "masks", "structure", "styles")}
     settings = dict(result.settings[chosen])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / f"synthetic {result.names[chosen]}".replace(" ", "-")
         export_subjects(
-            subject,
+            DLDMPipelineOutput(**arrays, modalities=result.output.modalities),
             folder,
             seed=settings.pop("seed"),
             settings=settings,
@@ -242,7 +228,7 @@ def pack(result: Result, chosen: int, checkpoint: Path) -> Iterator[str]:
             pixel_spacing=result.pixel_spacing,
             notice=result.notice,
         )
-        yield shutil.make_archive(str(folder), "zip", folder)  # Gradio copies it before it goes on
+        yield shutil.make_archive(str(folder), "zip", folder)  # Gradio copies the file before it goes on
 
 
 def build_demo(pipeline: DLDMPipeline, checkpoint: Path) -> gr.Blocks:
@@ -253,7 +239,7 @@ def build_demo(pipeline: DLDMPipeline, checkpoint: Path) -> gr.Blocks:
     def whole_number(label: str, low: int, high: int, value: int) -> gr.Slider:
         return gr.Slider(low, high, value, step=1, precision=0, label=label)
 
-    # What visitors upload is nobody else's business: no analytics, no history, and the cache forgets it after an hour.
+    # Uploads may show patients: no analytics, no history, and the cache deletes files after an hour.
     with gr.Blocks(title="dldm_pipeline", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         gr.Markdown(INTRODUCTION)
         result = gr.State()  # one for each visitor
@@ -286,32 +272,32 @@ def build_demo(pipeline: DLDMPipeline, checkpoint: Path) -> gr.Blocks:
                     pack_button = gr.Button("Pack the chosen subject")
                 package = gr.File(label="PNG and NIfTI files", height=100, interactive=False)
 
-        def drawn(result: Result | None) -> Result:
-            if result is None:  # the first picture is not there yet, or the server was started again
+        def existing(result: Result | None) -> Result:
+            if result is None:  # the first sheet is not there yet, or the server was restarted
                 raise gr.Error("There is no subject yet: keep nothing, and generate one.")
             return result
 
-        def shown(result: Result, outline: bool) -> tuple[Result, PIL.Image.Image, gr.Dropdown, None]:
-            return result, draw_sheet(result, outline), gr.Dropdown(result.names, value=result.names[0]), None
+        def update(result: Result, outline: bool) -> tuple[Result, PIL.Image.Image, gr.Dropdown, None]:
+            return result, make_sheet(result, outline), gr.Dropdown(result.names, value=result.names[0]), None
 
         def on_generate(before, chosen, outline, num_subjects, seed, steps, keep):
-            kept = () if keep == KEEP_NOTHING else (keep, drawn(before), chosen)
-            return shown(generate(pipeline, num_subjects, seed, steps, *kept), outline)
+            kept = () if keep == KEEP_NOTHING else (keep, existing(before), chosen)
+            return update(generate(pipeline, num_subjects, seed, steps, *kept), outline)
 
         def on_blend(outline, *settings):
-            return shown(blend(pipeline, *settings), outline)
+            return update(blend(pipeline, *settings), outline)
 
         def on_fill_in(outline, seed, height, *files):
             files = {name: file for name, file in zip(known, files, strict=True) if file is not None}
-            return shown(fill_in(translation, files, seed, height), outline)
+            return update(fill_in(translation, files, seed, height), outline)
 
         def on_pack(result, chosen):
-            yield from pack(drawn(result), chosen, checkpoint)
+            yield from pack(existing(result), chosen, checkpoint)
 
         def on_outline(result, outline):
-            return draw_sheet(drawn(result), outline)
+            return make_sheet(existing(result), outline)
 
-        # A call sets up the scheduler that all visitors share: one at a time, whoever's it is and whatever button it is from.
+        # All visitors share one scheduler, which each call sets up: one call at a time, from whatever button.
         alone = {"concurrency_limit": 1, "concurrency_id": "pipeline", "outputs": [result, sheet, chosen, package]}
         settings = [result, chosen, outline, num_subjects, seed, steps, keep]
         generate_button.click(on_generate, settings, **alone)
@@ -320,7 +306,7 @@ def build_demo(pipeline: DLDMPipeline, checkpoint: Path) -> gr.Blocks:
         fill_in_button.click(on_fill_in, [outline, fill_in_seed, height, *uploads], **alone)
         outline.change(on_outline, [result, outline], sheet)
         pack_button.click(on_pack, [result, chosen], package)
-    return demo.queue(api_open=False)  # calls that bypass the queue would not wait for each other
+    return demo.queue(api_open=False)  # calls outside the queue would not wait for each other
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

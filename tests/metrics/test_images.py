@@ -1,0 +1,65 @@
+"""8-bit images: conversions, refusals, and slices in memory."""
+
+import numpy as np
+import pytest
+import torch
+
+from dldm_pipeline.metrics.images import Slices, check_images, read_slices, to_uint8
+
+
+def test_to_uint8_is_what_a_png_holds():
+    assert to_uint8(np.array([0.0, 0.5, 1.0], dtype=np.float32)).tolist() == [0, 128, 255]
+    converted = to_uint8(torch.tensor([0.1], dtype=torch.float64))
+    assert converted.dtype == np.uint8 and to_uint8(converted) is converted
+    for bad in ([0.0, 255.0], [-0.1, 0.5], [0.5, np.nan]):
+        with pytest.raises(ValueError, match=r"samples span .*floats must be in \[0, 1\]"):
+            to_uint8(np.array(bad), "samples")
+    with pytest.raises(TypeError, match="images are int32: give floats"):
+        to_uint8(np.array([1], dtype=np.int32))
+
+
+def test_images_that_do_not_use_0_to_255_are_refused():
+    images = np.full((4, 8, 8), 200, dtype=np.uint8)
+    check_images(images)
+    with pytest.raises(
+        TypeError, match=r"real are float32 with a largest value.*thousands of times too small.*to_uint8"
+    ):
+        check_images(images.astype(np.float32) / 255, "real")
+    with pytest.raises(TypeError, match="float64: features are taken from uint8"):
+        check_images(images.astype(np.float64))
+    with pytest.raises(ValueError, match="cast to uint8 without scaling"):
+        check_images((images / 255).astype(np.uint8))
+    for shape in ((4, 3, 8, 8), (8, 8), (4, 8, 8, 3)):
+        with pytest.raises(ValueError, match="one modality at a time"):
+            check_images(np.full(shape, 9, dtype=np.uint8))
+    with pytest.raises(ValueError, match="at least one"):
+        check_images(images[:0])
+
+
+def test_slices():
+    slices = Slices(np.full((2, 3, 8, 8), 0.2), ["a", "b"])
+    assert len(slices) == 2 and (slices.images == 51).all() and slices.present.all()
+    assert slices.names("x").tolist() == ["a", "b"] and Slices(slices.images).names("x").tolist() == ["x-0", "x-1"]
+    slices.check_modalities(["T1", "T2", "WB"], "real")
+    with pytest.raises(ValueError, match=r"real has images of shape \(2, 3, 8, 8\): needed are \(N, 2, H, W\).*T1, T2"):
+        slices.check_modalities(["T1", "T2"], "real")
+    for shape in ((3, 8, 8), (0, 3, 8, 8)):
+        with pytest.raises(ValueError, match="it must be \\(slices, modalities, height, width\\)"):
+            Slices(np.zeros(shape))
+    with pytest.raises(ValueError, match="subjects has 1 names for 2 slices"):
+        Slices(slices.images, ["a"])
+    with pytest.raises(ValueError, match=r"present has shape \(2,\); with these images it must be \(2, 3\)"):
+        Slices(slices.images, present=np.ones(2))
+
+
+def test_slices_are_read_from_a_data_set():
+    here = torch.tensor([True, True, False])
+    dataset = [{"images": torch.full((3, 8, 8), i / 255), "present": here, "subject": f"s{i // 2}"} for i in range(12)]
+    slices = read_slices(dataset, max_items=3, batch_size=2, progress=False)
+    assert slices.images[:, 0, 0, 0].tolist() == [0, 6, 11] and slices.subjects.tolist() == ["s0", "s3", "s5"]
+    assert slices.images.dtype == np.uint8 and slices.present.tolist() == [[True, True, False]] * 3
+    assert len(read_slices(dataset, progress=False)) == len(read_slices(dataset, 20, progress=False)) == 12
+    with pytest.raises(ValueError, match="dataset has no slices"):
+        read_slices([], progress=False)
+    with pytest.raises(ValueError, match="max_items=0"):
+        read_slices(dataset, max_items=0, progress=False)

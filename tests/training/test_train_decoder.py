@@ -42,13 +42,13 @@ def test_new_subjects_are_compared_with_real_ones_and_those_before_them(tiny_pip
     torch.manual_seed(0)
     weight, subjects = tiny_pipeline.autoencoder.head_out[-1].weight, batch(tiny_pipeline)
     objective = make_loss(tiny_pipeline)
-    monkeypatch.setattr(train_decoder, "PATCH_POOL", 6)
+    monkeypatch.setattr(train_decoder, "PATCH_POOL", 10)
     lengths = []
-    for expected in ([2, 4], [4, 6], [6, 6]):
+    for expected in ([2, 4], [4, 8], [6, 10], [8, 10], [10, 10]):
         patch = objective(subjects)["patch"]
         assert patch > 0 and [len(images) for images, *_ in objective.pools] == expected
         lengths.append(torch.autograd.grad(patch, weight)[0].norm().item())
-    assert lengths[0] / 3 < lengths[2] < lengths[0] * 3
+    assert lengths[0] / 3 < lengths[-1] < lengths[0] * 3
 
 
 def test_every_term_has_a_gradient_in_the_decoder(tiny_pipeline):
@@ -86,8 +86,7 @@ def test_denoised_structures_stay_near_their_own(tiny_pipeline, monkeypatch):
     objective, model = make_loss(tiny_pipeline), tiny_pipeline.autoencoder
     structure = torch.randn(6, model.config.structure_channels, *[model.latent_size] * 2)
     styles = torch.randn(6, model.num_modalities, model.config.style_channels)
-    present = torch.rand(6, model.num_modalities) < 0.5
-    present[:, 0] |= ~present.any(dim=1)
+    present = torch.tensor([[False, True, True], [True, False, False]] * 3)
     calls, inner = [], tiny_pipeline._draw_structures
 
     def spy(count, steps, **options):

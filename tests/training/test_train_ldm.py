@@ -104,6 +104,10 @@ def test_every_time_counts_alike_and_both_errors_by_their_weight():
         )
         loss = train_ldm.training_loss(zero, scheduler, batch, args)
         assert loss.item() == pytest.approx((structure + 0.5 * style).item(), rel=1e-5)
+        # The structure of a conditional pair is shown, and is no target.
+        conditional = batch | {"conditional": torch.ones(4, dtype=torch.bool)}
+        loss = train_ldm.training_loss(zero, scheduler, conditional, args)
+        assert loss.item() == pytest.approx(0.5 * style.item(), rel=1e-5)
 
 
 def test_training_lowers_the_loss(words, autoencoder_run, tmp_path):

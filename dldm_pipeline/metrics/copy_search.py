@@ -266,7 +266,16 @@ class StructureRenderer:
             images.append(to_uint8(sample.float().clamp(0, 1)))
         return np.concatenate(images)
 
-    def render_images(self, images: np.ndarray, present: np.ndarray, progress: bool = True) -> np.ndarray:
-        """Encodes images uint8 (S, n, H, W) and renders their z_struct: uint8 (S, H, W)."""
-        batches = tqdm(self._batches(np.arange(len(images))), desc="encode structure", disable=not progress)
-        return np.concatenate([self.render(self._encode(images[rows], present[rows])[0]) for rows in batches])
+    def add_channel(
+        self, slices: Slices, structure: torch.Tensor | np.ndarray | None = None, progress: bool = True
+    ) -> Slices:
+        """The slices with one more channel: z_struct rendered, `structure` or, where that is None, that of the images."""
+        rendered = np.zeros((len(slices), 1, *slices.images.shape[2:]), dtype=np.uint8)
+        known = slices.present.any(axis=1) if structure is None else np.ones(len(slices), dtype=bool)
+        if structure is not None:
+            rendered[:, 0] = self.render(structure)
+        else:
+            for rows in tqdm(self._batches(np.flatnonzero(known)), desc="encode structure", disable=not progress):
+                rendered[rows, 0] = self.render(self._encode(slices.images[rows], slices.present[rows])[0])
+        images = np.concatenate([slices.images, rendered], axis=1)
+        return Slices(images, slices.subjects, np.column_stack([slices.present, known]))

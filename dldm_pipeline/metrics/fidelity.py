@@ -324,7 +324,7 @@ def evaluate_fidelity(
         - `num_images`: modality → `real`, `generated`, `floor`; `num_subjects`: the same
         - `extractor`, `neighbour_extractor`: see [`~dldm_pipeline.metrics.features.FeatureExtractor.describe`]
         - `titles`: what the two distances may be called; `best`: score → best value
-        - `ssim_window`, `k`, `num_resamples`, `confidence`, `seed`, `modalities`
+        - `window` (how intensities were scaled), `ssim_window`, `k`, `num_resamples`, `confidence`, `seed`, `modalities`
 
     Raises:
         ValueError: on wrong shapes or counts, fewer than k + 1 images in a modality, fewer than 2 subjects.
@@ -422,6 +422,7 @@ def evaluate_fidelity(
         "neighbour_extractor": (neighbour_extractor or extractor).describe(),
         "titles": {"frechet_distance": extractor.frechet_title, "kernel_distance": extractor.kernel_title},
         "best": {score: best for score, (best, _) in SCORES.items()},
+        "window": "1 of the [0, 1] window of each volume is 255",
         "ssim_window": ssim_window(side) if num_pairs else None,
         "k": k,
         "num_resamples": num_resamples,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -71,11 +71,11 @@ class MemorizationFilter:
     """Refuses copies of training subjects; built once, then called on what a [`DLDMPipeline`] returns.
 
     The decision rests on the nearest-neighbour ratio of every channel. How low it gets by chance is measured on held-out
-    subjects, which copy nobody. Half of them (a random choice of subjects) set the threshold, so that at most a fraction
-    `false_alarm_rate` of such subjects is refused; the other half, `held_out_check`, only reports whether that holds. The
-    threshold is a tolerance limit (Wilks, Ann. Math. Stat. 12 (1941) 91): the lowest of the k calibrating scores that
-    keeps the promise with a confidence of 95 %. With fewer than 149 slices for a rate of 0.02 none does; it is then the
-    highest score, which refuses 1 / (k + 1) on average.
+    subjects, which copy nobody. A random half of them sets the threshold, so that at most a fraction `false_alarm_rate` of
+    such subjects is refused; the other half, `held_out_check`, reports whether that holds. The threshold is a tolerance
+    limit (Wilks, Ann. Math. Stat. 12 (1941) 91): the lowest of the k calibrating scores that keeps the promise with a
+    confidence of 95 %. With fewer than 149 slices for a rate of 0.02 none does; it is then the highest score, which refuses
+    1 / (k + 1) on average.
 
     Args:
         train, held_out: slices of different subjects, from [`~dldm_pipeline.metrics.images.read_slices`].
@@ -148,9 +148,11 @@ class MemorizationFilter:
             )
 
         self.channels = self.modalities + ([STRUCTURE] if autoencoder is not None else [])
-        self.renderer = None if autoencoder is None else StructureRenderer(autoencoder, train)
-        held_out = self._with_structure(held_out, None, progress)
-        self.train = CopySearch(self._with_structure(train, None, progress), max_shift)
+        self.renderer = None
+        if autoencoder is not None:
+            self.renderer = StructureRenderer(autoencoder, train)
+            train, held_out = (self.renderer.add_channel(slices, progress=progress) for slices in (train, held_out))
+        self.train = CopySearch(train, max_shift)
         self.held_out = CopySearch(held_out, max_shift)
         # Distance of a training slice to its nearest other subject; infinity where it was not looked for yet.
         self._own_distance = np.full(self.train.present.shape, np.inf)
@@ -174,19 +176,6 @@ class MemorizationFilter:
         self.held_out_check = self._check(matches, ratio, ~calibrating)
         self.num_checked = self.num_refused = 0
 
-    def _with_structure(self, slices: Slices, structure: torch.Tensor | np.ndarray | None, progress: bool) -> Slices:
-        """Adds the channel of z_struct: of `structure`, or of the images' own where that is None."""
-        if self.renderer is None:
-            return slices
-        rendered = np.zeros((len(slices), 1, *slices.images.shape[2:]), dtype=np.uint8)
-        known = slices.present.any(axis=1) if structure is None else np.ones(len(slices), dtype=bool)
-        if structure is not None:
-            rendered[:, 0] = self.renderer.render(structure)
-        elif known.any():
-            rendered[known, 0] = self.renderer.render_images(slices.images[known], slices.present[known], progress)
-        images = np.concatenate([slices.images, rendered], axis=1)
-        return Slices(images, slices.subjects, np.column_stack([slices.present, known]))
-
     def _compare(self, slices: Slices, other_subjects: bool, progress: bool) -> tuple[Matches, np.ndarray]:
         """Nearest training slices and nearest-neighbour ratios; held-out slices are kept from their own subjects."""
         options = dict(batch_size=self.batch_size, progress=progress)
@@ -198,17 +187,10 @@ class MemorizationFilter:
         return (self._centre - np.log(ratio)) / self._std
 
     def _check(self, matches: Matches, ratio: np.ndarray, rows: np.ndarray | slice) -> CopyCheck:
-        found = {key: value[rows] for key, value in vars(matches).items()}
-        subjects = np.where(found["index"] >= 0, self.train.subjects[found["index"]], "")
-        scores = self._channel_scores(ratio[rows])
-        return CopyCheck(
-            **found,
-            channels=self.channels,
-            subjects=subjects,
-            ratio=ratio[rows],
-            channel_scores=scores,
-            threshold=self.threshold,
-        )
+        found = [getattr(matches, field.name)[rows] for field in fields(Matches)]
+        index, ratio = matches.index[rows], ratio[rows]
+        subjects = np.where(index >= 0, self.train.subjects[index], "")
+        return CopyCheck(*found, self.channels, subjects, ratio, self._channel_scores(ratio), self.threshold)
 
     def check(
         self,
@@ -221,8 +203,7 @@ class MemorizationFilter:
 
         Args:
             images: (S, M, H, W), uint8, or float in [0, 1]; None for structures alone.
-            structure: (S, c_s, h, w) in the autoencoder's own scale; None encodes the images, where an autoencoder is
-                known.
+            structure: (S, c_s, h, w) in the autoencoder's own scale; None encodes the images, if there is an autoencoder.
             modalities: the M names, any of the filter's; all of them if None.
             progress: show progress bars.
 
@@ -253,7 +234,9 @@ class MemorizationFilter:
             full[:, columns], present[:, columns] = images, True
         if structure is not None and len(structure) != count:
             raise ValueError(f"structure has {len(structure)} subjects and images {count}; give one for each.")
-        slices = self._with_structure(Slices(full, None, present), structure, progress)
+        slices = Slices(full, None, present)
+        if self.renderer is not None:
+            slices = self.renderer.add_channel(slices, structure, progress)
         check = self._check(*self._compare(slices, False, progress), slice(None))
         self.num_checked += count
         self.num_refused += check.num_refused
@@ -262,10 +245,8 @@ class MemorizationFilter:
     def __call__(self, output: DLDMPipelineOutput) -> CopyCheck:
         """Says which subjects of a pipeline's output to keep, whatever its `output_type`.
 
-        With `output_type="latent"` the structures alone are compared.
-
-        Args:
-            output: what the pipeline returned; its modalities may be any of the filter's, in any order.
+        Its modalities may be any of the filter's, in any order. With `output_type="latent"` the structures alone are
+        compared.
         """
         images = output.images
         if isinstance(images, list):
@@ -275,15 +256,8 @@ class MemorizationFilter:
     def authentic(self, check: CopyCheck, progress: bool = True) -> np.ndarray:
         """Is a sample at least as far from its nearest training slice as that one is from another training subject?
 
-        What is found about a training slice is kept, so that later calls are quick.
-
-        Args:
-            check: what the filter said about S subjects.
-            progress: show a progress bar.
-
-        Returns:
-            (S, C) float: 1 for yes (authentic), 0 for no, NaN where the channel is missing, or where there is no second
-            training subject.
+        Returns (S, C) floats: 1 for yes (authentic), 0 for no, NaN where the channel is missing, or where there is no
+        second training subject. What is found about a training slice is kept, so that later calls are quick.
         """
         known = check.index >= 0
         wanted = np.zeros(self._own_distance.shape, dtype=bool)
@@ -309,22 +283,16 @@ def _distance(matches: Matches) -> np.ndarray:
 
 
 def keep_subjects(output: DLDMPipelineOutput, keep: np.ndarray) -> DLDMPipelineOutput:
-    """The same output with some of its subjects only.
-
-    Args:
-        output: what a pipeline returned for S subjects.
-        keep: (S,) bool, as in [`CopyCheck`].
-
-    Raises:
-        ValueError: if `keep` has not one entry for each subject.
-    """
+    """A pipeline's output with some of its S subjects only; `keep` is bool (S,), as in [`CopyCheck`]."""
     keep = np.asarray(keep, dtype=bool)
     if keep.shape != (len(output.structure),):
         raise ValueError(f"keep has shape {keep.shape}; it must be ({len(output.structure)},), one for each subject.")
     rows = np.flatnonzero(keep).tolist()
 
     def chosen(value):
-        return [value[i] for i in rows] if isinstance(value, list) else value if value is None else value[rows]
+        if isinstance(value, list):
+            return [value[i] for i in rows]
+        return None if value is None else value[rows]
 
     parts = {name: chosen(getattr(output, name)) for name in ("images", "masks", "structure", "styles")}
     return DLDMPipelineOutput(**parts, modalities=output.modalities)
@@ -334,7 +302,6 @@ def evaluate_memorization(
     memorization_filter: MemorizationFilter,
     images: np.ndarray,
     structure: torch.Tensor | np.ndarray | None = None,
-    modalities: Sequence[str] | None = None,
     num_pairs: int = 8,
     progress: bool = True,
 ) -> dict:
@@ -342,7 +309,7 @@ def evaluate_memorization(
 
     Args:
         memorization_filter: built from the training and the held-out slices.
-        images, structure, modalities: see [`MemorizationFilter.check`].
+        images, structure: of S subjects in the filter's modalities, see [`MemorizationFilter.check`].
         num_pairs: how many of the closest pairs to list; [`closest_pairs_sheet`] shows them.
         progress: show progress bars.
 
@@ -361,7 +328,7 @@ def evaluate_memorization(
           `train_subject`, `train_slice`, `similarity`, `ratio`, `score`, `flip` ([up-down, left-right]), `shift`
           ([down, right])
     """
-    check = memorization_filter.check(images, structure, modalities, progress)
+    check = memorization_filter.check(images, structure, progress=progress)
     channels, rate = memorization_filter.channels, memorization_filter.false_alarm_rate
 
     def by_channel(values: np.ndarray, reduce) -> dict[str, float]:
@@ -381,22 +348,12 @@ def evaluate_memorization(
             "authenticity_mean": float(np.mean([v for v in authentic.values() if np.isfinite(v)] or [np.nan])),
         }
 
-    closest = []
-    for s in [s for s in np.argsort(-check.score, kind="stable") if np.isfinite(check.score[s])][:num_pairs]:
-        c = int(np.flatnonzero(check.channel_scores[s] == check.score[s])[0])
-        closest.append(
-            {
-                "sample": int(s),
-                "channel": channels[c],
-                "train_subject": str(check.subjects[s, c]),
-                "train_slice": int(check.index[s, c]),
-                "similarity": float(check.similarity[s, c]),
-                "ratio": float(check.ratio[s, c]),
-                "score": float(check.channel_scores[s, c]),
-                "flip": check.flip[s, c].tolist(),
-                "shift": check.shift[s, c].tolist(),
-            }
-        )
+    order = [s for s in np.argsort(-check.score, kind="stable") if np.isfinite(check.score[s])][:num_pairs]
+    closest = [(s, int(np.flatnonzero(check.channel_scores[s] == check.score[s])[0])) for s in order]
+    of_pair = {
+        "train_subject": check.subjects, "train_slice": check.index, "similarity": check.similarity,
+        "ratio": check.ratio, "score": check.channel_scores, "flip": check.flip, "shift": check.shift,
+    }  # fmt: skip
     return {
         "num_samples": len(check.keep),
         "num_train_slices": len(memorization_filter.train.subjects),
@@ -411,7 +368,10 @@ def evaluate_memorization(
         "refused_by": dict(zip(channels, (check.channel_scores > check.threshold).sum(axis=0).tolist(), strict=True)),
         "samples": row(check),
         "held_out": row(memorization_filter.held_out_check),
-        "closest": closest,
+        "closest": [
+            {"sample": int(s), "channel": channels[c]} | {key: values[s, c].tolist() for key, values in of_pair.items()}
+            for s, c in closest
+        ],
     }
 
 
@@ -422,9 +382,9 @@ def closest_pairs_sheet(
     modalities: Sequence[str],
     path: str | os.PathLike,
 ) -> None:
-    """Saves the pairs of highest score as PNG: for each a row of the sample, laid over its training slice, and a row of that.
+    """Saves the pairs of highest score as PNG: a row of the sample, laid over its training slice, and a row of that.
 
-    The z_struct pair of a sample is shown by its images, like any other.
+    The z_struct pair of a sample is shown by its images, like any other. Without any pair a ValueError is raised.
 
     Args:
         closest: `closest` of [`evaluate_memorization`]'s result.
@@ -432,9 +392,6 @@ def closest_pairs_sheet(
         train_images: (N, M, H, W), uint8: the training slices.
         modalities: the M names.
         path: PNG file to write.
-
-    Raises:
-        ValueError: if there is no pair to show.
     """
     if not closest:
         raise ValueError("closest is empty: no sample could be compared, and there is no pair to show.")

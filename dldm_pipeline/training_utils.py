@@ -17,16 +17,20 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
 from dldm_pipeline.data.phantom import phantom_dataset
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.encoding import validate_autoencoder
 from dldm_pipeline.modalities import DEFAULT_MODALITIES
+from dldm_pipeline.optimization import MuonAdamW
 from dldm_pipeline.training_args import TrainingArgs
 from dldm_pipeline.training_state import TrainingClock, load_checkpoint, save_checkpoint
 
 LOG_STEPS = 10
+VALIDATION_SLICES = 64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,37 +183,6 @@ def update(
     optimizer.zero_grad(set_to_none=True)
 
 
-def weighted_step(
-    accelerator: Accelerator,
-    objective: torch.nn.Module,
-    weights: dict[str, float],
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Iterable[dict[str, torch.Tensor]],
-) -> Callable[[int], dict[str, torch.Tensor]]:
-    """A step for [`fit`]: the next batch of slices, every second one mirrored, and the weighted sum of the loss's terms.
-
-    Args:
-        objective: prepared; from a batch to unweighted terms.
-        weights: of each term.
-        model: whose gradients are clipped.
-        optimizer: prepared.
-        loader: prepared; of batches with `images` and `mask`.
-    """
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-
-    def step(number: int) -> dict[str, torch.Tensor]:
-        batch = next(batches)
-        if torch.rand(()) < 0.5:
-            batch["images"], batch["mask"] = batch["images"].flip(-1), batch["mask"].flip(-1)
-        terms = objective(batch)
-        loss = sum(weights[name] * term for name, term in terms.items())
-        update(accelerator, loss, model.parameters(), optimizer)
-        return {"loss": loss, **terms}
-
-    return step
-
-
 @contextmanager
 def averaged_weights(model: torch.nn.Module, ema: EMAModel) -> Iterator[None]:
     """Give `model` the averaged weights inside the block, and its own afterwards."""
@@ -299,3 +272,50 @@ def fit(
     accelerator.wait_for_everyone()
     ema.copy_to(model.parameters())
     return clock
+
+
+def fit_on_slices(
+    accelerator: Accelerator,
+    args: TrainingArgs,
+    autoencoder: DisentangledAutoencoder,
+    objective: torch.nn.Module,
+    weights: dict[str, float],
+    train_set: SliceDataset,
+    validation_set: SliceDataset,
+) -> DataLoader:
+    """[`fit`] of an autoencoder on batches of slices, every second batch mirrored.
+
+    Args:
+        accelerator: from [`make_accelerator`].
+        args: options of the training.
+        autoencoder: its parameters with `requires_grad` are trained.
+        objective: from a batch of slices to unweighted terms of the loss.
+        weights: of each term.
+        train_set, validation_set: slices.
+
+    Returns:
+        The loader of the slices that validation sees.
+    """
+    workers = args.dataloader_num_workers
+    loader = DataLoader(
+        train_set, args.train_batch_size, True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+    )
+    validation_loader = DataLoader(evenly_spaced_subset(validation_set, VALIDATION_SLICES), 16)
+    optimizer = MuonAdamW(autoencoder, args.learning_rate)
+    objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        batch = next(batches)
+        if torch.rand(()) < 0.5:
+            batch["images"], batch["mask"] = batch["images"].flip(-1), batch["mask"].flip(-1)
+        terms = objective(batch)
+        loss = sum(weights[name] * term for name, term in terms.items())
+        update(accelerator, loss, autoencoder.parameters(), optimizer)
+        return {"loss": loss, **terms}
+
+    def validate(path: Path, clock: TrainingClock) -> dict[str, float]:
+        return validate_autoencoder(autoencoder, validation_loader, path)
+
+    fit(accelerator, args, autoencoder, objective, [optimizer], step, validate)
+    return validation_loader

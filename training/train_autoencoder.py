@@ -20,16 +20,14 @@ from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.encoding import encode_mixed, measure_latents, measure_noise, validate_autoencoder
 from dldm_pipeline.hub import write_model_card, write_pretrained
 from dldm_pipeline.losses import foreground_of, mask_loss, noise_std, reconstruction_terms
-from dldm_pipeline.optimization import MuonAdamW
 from dldm_pipeline.training_args import AutoencoderArgs, parse_args
 from dldm_pipeline.training_utils import (
     evenly_spaced_subset,
     find_dataset,
-    fit,
+    fit_on_slices,
     make_accelerator,
     open_split,
     transfer_rows,
-    weighted_step,
 )
 
 PRESETS = Path(__file__).parent / "configs"
@@ -154,26 +152,11 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(train_set)} training and {len(validation_set)} validation slices of {', '.join(train_set.modalities)}; "
         f"{model.num_parameters() / 1e6:.2f} M parameters"
     )
-    loader = DataLoader(
-        train_set, args.train_batch_size, True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
-    )
-    validation_loader = DataLoader(evenly_spaced_subset(validation_set, 64), 16)
-    objective, optimizer, loader = accelerator.prepare(
-        DisentangledLoss(model, args), MuonAdamW(model, args.learning_rate), loader
-    )
     weights = WEIGHTS | {"spectrum": args.spectrum_weight}
     if not args.subset_probability:
         weights["agreement"] = 0.0
-    step = weighted_step(accelerator, objective, weights, model, optimizer, loader)
-    fit(
-        accelerator,
-        args,
-        model,
-        objective,
-        [optimizer],
-        step,
-        lambda path, clock: validate_autoencoder(model, validation_loader, path),
-    )
+    objective = DisentangledLoss(model, args)
+    validation_loader = fit_on_slices(accelerator, args, model, objective, weights, train_set, validation_set)
     if accelerator.is_main_process:
         measure_latents(model, DataLoader(train_set, 16, num_workers=workers))
         measure_noise(model, DataLoader(evenly_spaced_subset(train_set, NOISE_SUBJECTS), 16))

@@ -30,15 +30,13 @@ from dldm_pipeline.losses import (
     reconstruction_terms,
     to_channels,
 )
-from dldm_pipeline.optimization import MuonAdamW
 from dldm_pipeline.training_args import DecoderArgs, parse_args
 from dldm_pipeline.training_utils import (
     evenly_spaced_subset,
     find_dataset,
-    fit,
+    fit_on_slices,
     make_accelerator,
     open_split,
-    weighted_step,
 )
 
 PRESETS = Path(__file__).parent / "configs"
@@ -166,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train as the command line says."""
     args = parse_args(DecoderArgs, __doc__, PRESETS, argv)
     accelerator = make_accelerator(args, "dldm-decoder")
-    output_dir, workers, is_main = Path(args.output_dir), args.dataloader_num_workers, accelerator.is_main_process
+    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
     pipeline = DLDMPipeline.from_pretrained(find_pipeline(args.pipeline)).to(accelerator.device)
     pipeline.unet.requires_grad_(False)
     model = pipeline.autoencoder
@@ -188,26 +186,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.adversarial_weight:
         discriminator = DetailDiscriminator(len(modalities) + 1, accelerator.device)
 
-    loader = DataLoader(
-        train_set, args.train_batch_size, True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
-    )
-    validation_loader = DataLoader(evenly_spaced_subset(validation_set, 64), 16)
-    objective, optimizer, loader = accelerator.prepare(
-        DecoderLoss(pipeline, args, generated, perceptual, discriminator), MuonAdamW(model, args.learning_rate), loader
-    )
     weights = WEIGHTS | {
         name: getattr(args, f"{name}_weight") for name in ("spectrum", "patch", "perceptual", "adversarial")
     }
-    step = weighted_step(accelerator, objective, weights, model, optimizer, loader)
-    fit(
-        accelerator,
-        args,
-        model,
-        objective,
-        [optimizer],
-        step,
-        lambda path, clock: validate_autoencoder(model, validation_loader, path),
-    )
+    objective = DecoderLoss(pipeline, args, generated, perceptual, discriminator)
+    validation_loader = fit_on_slices(accelerator, args, model, objective, weights, train_set, validation_set)
     if is_main:
         measure_noise(model, DataLoader(evenly_spaced_subset(train_set, NOISE_SUBJECTS), 16))
         figures = validate_autoencoder(model, validation_loader, output_dir / "samples.png")

@@ -88,9 +88,10 @@ def test_structures_are_rendered_under_one_appearance(tiny_autoencoder: torch.nn
     rendered = renderer.render(structure)
     assert rendered.dtype == np.uint8 and rendered.std() > 1
     np.testing.assert_allclose(rendered, 255 * expected.clamp(0, 1).numpy(), atol=1)
-    for added in (renderer.add_channel(train, progress=False), renderer.add_channel(train, structure)):
-        np.testing.assert_array_equal(added.images[:, 3], rendered)
-        assert added.present.tolist() == [[False, True, True, True]] * 3
+    encoded, given = renderer.add_channel(train, progress=False), renderer.add_channel(train, structure.flip(0))
+    np.testing.assert_array_equal(encoded.images[:, 3], rendered)
+    np.testing.assert_array_equal(given.images[::-1, 3], rendered)
+    assert encoded.present.tolist() == given.present.tolist() == [[False, True, True, True]] * 3
 
 
 def test_bad_arguments_are_refused() -> None:

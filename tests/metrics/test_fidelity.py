@@ -204,6 +204,7 @@ def test_without_a_second_set_the_real_subjects_are_halved():
     assert result["num_images"]["T2"] == {"real": 12, "generated": 12, "floor": 12}
     assert result["num_subjects"]["T2"] == {"real": 6, "generated": 12, "floor": 6}
     assert set(result["floor"]["num_images"]["T1"]) == {"real", "floor"}
+    assert result["floor"]["scores"]["frechet_distance"]["T1"]["value"] > 0.001  # and not one half with itself
 
 
 def test_missing_modalities_and_another_network_for_the_neighbours():

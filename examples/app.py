@@ -37,11 +37,9 @@ INTRODUCTION = """# Multi-modal brain-tumour MRI from a disentangled latent diff
 FILL_IN = """Give the sequences that you have, aligned: one slice each as PNG or JPEG (nose up), or one volume each as NIfTI.
 Use a pipeline that was trained on images like these. Files are deleted from the server after about an hour."""
 
-KEEP_NOTHING, KEEP_ANATOMY, KEEP_APPEARANCE = (
-    "nothing",
-    "anatomy of the chosen subject",
-    "appearance of the chosen subject",
-)
+KEEP_NOTHING = "nothing"
+KEEP_ANATOMY = "anatomy of the chosen subject"
+KEEP_APPEARANCE = "appearance of the chosen subject"
 MAX_SEED = 99_999
 MAX_FILE_SIZE = "64mb"
 MAX_VOXELS = 2**25  # two volumes of 256 x 256 x 256: a small compressed file can unpack to more than the memory

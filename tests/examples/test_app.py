@@ -374,22 +374,21 @@ def test_a_visitor_tries_every_button(app, pipeline, browser, url, uploads, tmp_
 
 @needs_chromium
 def test_two_visitors_at_once_get_their_own(app, pipeline, browser, url):
-    # So many steps that the second call starts during the first.
-    settings = {Visitor(browser, url): (4, 100, 60), Visitor(browser, url): (3, 200, 90)}
-    for visitor, (subjects, seed, steps) in settings.items():
-        visitor.set(Subjects=subjects, Seed=seed, Steps=steps)
-    for visitor in settings:
-        visitor.press("Generate")
-    for visitor, numbers in settings.items():
-        assert_shows(visitor.picture(), app, app.generate(pipeline, *numbers))
+    one, other = Visitor(browser, url), Visitor(browser, url)
+    one.set(Subjects=4, Seed=100, Steps=90)  # so many steps that the second call comes during the first
+    other.tab("Blend")
+    other.set(Seed_of_the_second_anatomy=6)
+    one.press("Generate")
+    other.press("Blend")
+    before = app.generate(pipeline, 4, 100, 90)
+    assert_shows(one.picture(), app, before)
+    assert_shows(other.picture(), app, app.blend(pipeline, 0, 6, 5))
     # And what each has chosen is from their own.
-    visitor, numbers = next(iter(settings.items()))
-    visitor.check(app.KEEP_ANATOMY)
-    visitor.set(Steps=4)
-    visitor.press("Generate")
-    before = app.generate(pipeline, *numbers)
-    assert_shows(visitor.picture(), app, app.generate(pipeline, 4, 100, 4, app.KEEP_ANATOMY, before, 0))
-    for visitor in settings:
+    one.check(app.KEEP_ANATOMY)
+    one.set(Steps=4)
+    one.press("Generate")
+    assert_shows(one.picture(), app, app.generate(pipeline, 4, 100, 4, app.KEEP_ANATOMY, before, 0))
+    for visitor in (one, other):
         visitor.page.context.close()
 
 

@@ -36,7 +36,7 @@ def test_writes_subjects_sheet_and_manifest(script, refused, tiny_pipeline, word
 
     # Again, otherwise, and over the first.
     more = ["--modalities", "WB", "T1", "--format", "dataset", "--guidance_scale", "2"]
-    assert "--overwrite" in refused(*words, *more)
+    assert "--overwrite" in refused(*words, *more, "--pipeline", "./nowhere")  # said before anything is loaded
     script.main([*words, *more, "--overwrite"])
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["modalities"] == ["WB", "T1"] and manifest["settings"]["guidance_scale"] == 2
@@ -50,7 +50,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, words, tmp_path, monk
         (["--modalities", "PET"], "PET"),
         (["--pipeline", "./nowhere"], "nowhere: no such folder"),
         (["--output", "/dev/null/out"], "cannot write"),
-        (["--format", "dicom"], "writing DICOM needs highdicom"),
+        (["--format", "dicom", "--pipeline", "./nowhere"], "writing DICOM needs highdicom"),
     ):
         assert message in refused(*words, *more)
         assert [path.name for path in tmp_path.iterdir()] == ["pipeline"], more

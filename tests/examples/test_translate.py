@@ -54,7 +54,7 @@ def test_simulated_subjects_by_default(script, refused, words, tmp_path, capsys)
     ]
     height, width, _ = pixels(out / "sheet.png").shape  # T1, WB, T2 filled in, T2 real, tumour: five columns, two rows
     assert 5 * 128 < width < 7 * 128 and 2 * 128 < height < 3 * 128
-    assert "--overwrite" in refused(*words)
+    assert "--overwrite" in refused(*words, "--pipeline", "./nowhere")  # said before anything is loaded
     script.main([*words, "--overwrite", "--given", "T2"])
     assert json.loads((out / "manifest.json").read_text())["modalities"] == ["T1", "WB"]
 

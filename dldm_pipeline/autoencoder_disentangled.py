@@ -388,23 +388,27 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         return self.decode(posterior.structure_dist.mode(), posterior.style_dist.mode(), return_dict=return_dict)
 
     def normalize_structure(self, z: torch.Tensor) -> torch.Tensor:
-        """Structure (B, c_s, h, w) to the space of the diffusion model: zero mean, unit deviation a channel."""
-        return (z - self._channels("structure_shift", z, 1)) / self._channels("structure_scale", z, 1)
+        """Structure (B, c_s, h, w) to the scale of the diffusion model: zero mean and unit standard deviation a channel."""
+        shift, scale = self._scales("structure", z)
+        return (z - shift[:, None, None]) / scale[:, None, None]
 
     def denormalize_structure(self, z: torch.Tensor) -> torch.Tensor:
         """The inverse of `normalize_structure`."""
-        return z * self._channels("structure_scale", z, 1) + self._channels("structure_shift", z, 1)
+        shift, scale = self._scales("structure", z)
+        return z * scale[:, None, None] + shift[:, None, None]
 
     def normalize_style(self, z: torch.Tensor) -> torch.Tensor:
-        """Styles (B, k, c_t) to the space of the diffusion model."""
-        return (z - self._channels("style_shift", z, 2)) / self._channels("style_scale", z, 2)
+        """Styles (..., c_t) to the scale of the diffusion model."""
+        shift, scale = self._scales("style", z)
+        return (z - shift) / scale
 
     def denormalize_style(self, z: torch.Tensor) -> torch.Tensor:
         """The inverse of `normalize_style`."""
-        return z * self._channels("style_scale", z, 2) + self._channels("style_shift", z, 2)
+        shift, scale = self._scales("style", z)
+        return z * scale + shift
 
-    def _channels(self, name: str, z: torch.Tensor, axis: int) -> torch.Tensor:
-        values = self.config[name]
-        if values is None:
-            values = [0.0 if name.endswith("shift") else 1.0] * z.shape[axis]
-        return torch.tensor(values, dtype=z.dtype, device=z.device).view([-1] + [1] * (z.ndim - axis - 1))
+    def _scales(self, latent: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        channels = self.config[f"{latent}_channels"]
+        shift = self.config[f"{latent}_shift"] or [0.0] * channels
+        scale = self.config[f"{latent}_scale"] or [1.0] * channels
+        return z.new_tensor(shift), z.new_tensor(scale)

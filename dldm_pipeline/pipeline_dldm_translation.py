@@ -1,9 +1,9 @@
 """Fills in missing sequences: from any of a subject's modalities to the others, with the tumour mask.
 
 Source: the autoencoder and denoiser of Na et al., "Generation of Multi-modal Brain Tumor MRIs with Disentangled Latent
-Diffusion Model", MIDL 2023. Translation is ours: z_struct is encoded from the images that are there in place of being drawn,
-and each missing z_style is drawn given it, as in the second phase of `DLDMPipeline`. This file imports torch, diffusers and
-its sibling only: it is also published as remote code.
+Diffusion Model", MIDL 2023. Translation is ours: z_struct is not sampled but encoded from the images that are there, and each
+missing z_style is sampled given it, as in the second phase of `DLDMPipeline`. This file imports torch, diffusers and its
+siblings only: it is also published as remote code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,8 @@ import PIL.Image
 import torch
 
 # Relative, because the siblings lie side by side as remote code and no package is there.
-from .pipeline_dldm import DLDMPipeline, DLDMPipelineOutput
+from .pipeline_dldm import DLDMPipeline
+from .pipeline_utils import DLDMPipelineOutput
 
 ImageInput: TypeAlias = np.ndarray | torch.Tensor | PIL.Image.Image | Sequence["ImageInput"]
 
@@ -29,7 +30,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
     It has the components of [`DLDMPipeline`]: load it by `from_pretrained` from any folder that this or the other class
     saved, or make it from a pipeline in memory by `DLDMTranslationPipeline.from_pipe(pipe)`.
 
-    What it draws is one likely look of a sequence that was never acquired. It is synthetic and not for diagnosis.
+    An image is one likely look of a sequence that was never acquired. It is synthetic and not for diagnosis.
 
     Notation: S subjects, n modalities known, M modalities asked for; labels of the denoiser as in [`DLDMPipeline`].
 
@@ -79,31 +80,15 @@ class DLDMTranslationPipeline(DLDMPipeline):
                 Like `images`, of one subject or of S: a modality that is among them is rendered in their style. They show
                 other anatomies and need not be aligned with `images`; those that are not wanted are not used.
             styles (`torch.Tensor`, *optional*):
-                (S or 1, M, c_t), the styles of all modalities wanted, in their order, such as an
-                output's `styles`.
+                (S or 1, M, c_t), the styles of all modalities wanted, in their order, such as an output's `styles`.
             num_inference_steps (`int`, *optional*, defaults to 10):
                 Denoising steps of the styles (`num_style_inference_steps` of [`DLDMPipeline`]).
-            guidance_scale (`float`, *optional*, defaults to 1.0):
-                Classifier-free guidance towards the modality, at least 1; above 1 it is on and doubles the time.
-            eta (`float`, *optional*, defaults to 0.0):
-                The noise of a DDIM step, from 0 to below 1. Ignored by schedulers that do not take it.
-            noise_scale (`float`, *optional*, defaults to 1.0):
-                How much of the scanner's noise the images get, of what the autoencoder measured in the training images.
+            guidance_scale, eta, noise_scale, batch_size, output_type, return_dict, callback_on_step_end_tensor_inputs:
+                As in [`DLDMPipeline`].
             generator (`torch.Generator` or a list of them, *optional*):
-                One, or one a subject; used as in [`DLDMPipeline`], so that the same generator and structure give the same
-                images there and here.
-            batch_size (`int`, *optional*):
-                Subjects that the networks see at a time, as in [`DLDMPipeline`].
-            output_type (`str`, *optional*, defaults to `"pil"`):
-                "pil", "np", "pt", or "latent" for no decoding (`images` and `masks` are then `None`).
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether or not to return a [`DLDMPipelineOutput`] instead of a plain tuple.
+                As in [`DLDMPipeline`]: the same generator and structure give the same images there and here.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step, with the latents
-                (S * k, c_s + c_t, h, w) of the k modalities whose style is drawn; those in the dictionary it returns
-                replace them.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                What the callback is given.
+                As in [`DLDMPipeline`], with the latents (S * k, c_s + c_t, h, w) of the k modalities whose style is sampled.
 
         Examples:
 
@@ -128,6 +113,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
         Raises:
             ValueError: on an argument that does not fit, named in the message.
         """
+        # 1. Read the images and check the inputs
         known = list(self.autoencoder.config.modalities)
         given = self._read_images("images", images)
         references = {} if reference_images is None else self._read_images("reference_images", reference_images)
@@ -154,7 +140,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
             styles=styles,
             batch_size=batch_size,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_inputs=callback_on_step_end_tensor_inputs,
         )
         if references:
             if styles is not None:
@@ -164,15 +150,15 @@ class DLDMTranslationPipeline(DLDMPipeline):
             count = len(next(iter(references.values())))
             if count not in (1, num_subjects):
                 raise ValueError(f"`reference_images` must show 1 subject or {num_subjects} as `images`, got {count}.")
+
+        # 2. Encode the structure, and the styles of what is there
         wanted = [known.index(name) for name in names]
         seeds = self._draw_seeds(num_subjects, generator)
         self._guidance_scale = guidance_scale
         self._num_timesteps = 0
-
-        # 1. The structure, and the styles of what is there.
         structure, encoded = self._encode(given, batch_size)
 
-        # 2. The styles wanted: a reference's, the subject's own, or drawn given the structure.
+        # 3. Take the styles of the references, or sample them given the structure
         if styles is None:
             if references:
                 borrowed = [known.index(name) for name in references]
@@ -190,17 +176,11 @@ class DLDMTranslationPipeline(DLDMPipeline):
                     callback_inputs=callback_on_step_end_tensor_inputs,
                 )
             styles = encoded[:, wanted]
-        styles = styles.to(structure).expand(num_subjects, *styles.shape[1:])
 
-        # 3. The images and masks.
-        rendered, masks = self._render(structure, styles, wanted, seeds, noise_scale, output_type, batch_size)
-
-        # Offload all models
+        # 4. Decode, and offload all models
+        output = self._decode(structure, styles, names, seeds, noise_scale, output_type, batch_size)
         self.maybe_free_model_hooks()
-
-        if not return_dict:
-            return (rendered, masks, structure, styles, names)
-        return DLDMPipelineOutput(images=rendered, masks=masks, structure=structure, styles=styles, modalities=names)
+        return output if return_dict else tuple(vars(output).values())
 
     def _read_images(self, argument: str, images: Mapping[str, ImageInput]) -> dict[str, torch.Tensor]:
         """Each modality of `images` as float32 (S, H, W); a `ValueError` names the `argument` and what does not fit."""

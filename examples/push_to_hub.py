@@ -23,7 +23,7 @@ from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.hub import PRIVATE_NAMES, push_folder, read_card_data, write_model_card, write_pretrained
-from dldm_pipeline.pipeline_dldm import add_modules
+from dldm_pipeline.pipeline_utils import add_modules
 
 NUM_PICTURES = 4
 

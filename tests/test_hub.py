@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from dldm_pipeline import DLDMPipeline, DLDMTranslationPipeline, pipeline_dldm
 from dldm_pipeline.data.slices import SliceDataset, write_slices
 from dldm_pipeline.hub import push_folder, read_card_data, write_model_card, write_pretrained
-from dldm_pipeline.pipeline_dldm import add_modules
+from dldm_pipeline.pipeline_utils import add_modules
 
 ROOT = Path(__file__).parents[1]
 REPO = "tester/brains"
-MODULES = ["autoencoder/autoencoder_disentangled.py", "pipeline.py", "pipeline_dldm.py", "pipeline_dldm_translation.py"]
+MODULES = ["autoencoder/autoencoder_disentangled.py", "pipeline.py", "pipeline_dldm.py"]
+MODULES += ["pipeline_dldm_translation.py", "pipeline_utils.py"]
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_pickled_weights_are_refused(folder, component):
 def test_malformed_modalities_are_refused(folder):
     for names in (None, 3, "T1", [], ["T1", ""], ["T1", "T1", "WB"], ["T1", 2, "WB"], [["T1"]], {"T1": 0}):
         edit_json(folder / "autoencoder" / "config.json", modalities=names)
-        with pytest.raises(ValueError, match="config.json: `modalities` must be a list of different, non-empty names"):
+        with pytest.raises(ValueError, match="`modalities` must be a non-empty list of different names"):
             DLDMPipeline.from_pretrained(folder)
 
 

@@ -75,9 +75,8 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 
     It is clean-fid's and torch-fidelity's figure, computed another way. With centred features divided by √(N - 1) as A1
     and A2, the covariances are A1ᵀA1 and A2ᵀA2, and the trace of the square root of their product is the sum of the
-    singular values of A1 A2ᵀ. That is exact for fewer samples than features too, where the covariances are singular and
-    clean-fid's matrix square root is slow and inexact; and it needs no `scipy.linalg.sqrtm(disp=)`, which SciPy 1.18 has
-    dropped and clean-fid calls.
+    singular values of A1 A2ᵀ. That is quick, and exact for fewer samples than features too, where the covariances are
+    singular. clean-fid's own function calls `scipy.linalg.sqrtm(disp=)`, which SciPy 1.18 has dropped.
 
     The value falls with N even for two samples of one distribution: compare at equal N only.
 
@@ -103,18 +102,9 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel `(x·y / D + 1)³` over all samples (KID).
 
-    clean-fid and torch-fidelity average it over 100 random subsets of at most 1,000 samples, which bounds memory and adds
-    noise. Where a subset is the whole set, as with equal N up to 1,000, they return this value; for larger sets they
-    estimate it.
-
-    Args:
-        real, generated: (N, D) and (M, D).
-
-    Returns:
-        The squared discrepancy; an unbiased estimate of 0 is negative half the time.
-
-    Raises:
-        ValueError: on fewer than 2 samples, NaN, or unequal D.
+    clean-fid and torch-fidelity average it over 100 random subsets of at most 1,000 samples. Where a subset is the whole
+    set, as with equal N up to 1,000, they return this value; for larger sets they estimate it. An unbiased estimate of 0
+    is negative half the time. Arguments and errors are those of [`frechet_distance`].
     """
     real, generated = _check_features(real, generated, 2)
 
@@ -131,10 +121,10 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
 def neighbour_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dict[str, float]:
     """Precision, recall, density and coverage from balls around each sample that reach its k-th nearest neighbour.
 
-    - precision: share of generated samples inside the ball of at least one real sample;
-    - recall: share of real samples inside the ball of at least one generated sample;
+    - precision: fraction of generated samples inside the ball of at least one real sample;
+    - recall: fraction of real samples inside the ball of at least one generated sample;
     - density: number of real balls a generated sample lies in, over k, on average; may exceed 1;
-    - coverage: share of real samples whose ball holds at least one generated sample.
+    - coverage: fraction of real samples whose ball holds at least one generated sample.
 
     Precision and recall are torch-fidelity's; density and coverage are those of `prdc`. Distances are in float64, as an
     image beside its near-copy decides whole counts.
@@ -156,19 +146,15 @@ def neighbour_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dic
     arrays = _check_features(real, generated, k + 1)
     real, generated = (torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)
     precision, recall = calculate_precision_recall_part(generated, real, neighborhood=k, batch_size=ROWS)
-    inside, covered = 0, 0
+    inside = covered = 0
     for part in real.split(ROWS):
         # The nearest of the k + 1 is the sample itself.
         radius = torch.cdist(part, real).kthvalue(k + 1).values
         within = torch.cdist(part, generated) < radius[:, None]
         inside += int(within.sum())
         covered += int(within.any(dim=1).sum())
-    return {
-        "precision": precision,
-        "recall": recall,
-        "density": inside / (k * len(generated)),
-        "coverage": covered / len(real),
-    }
+    density, coverage = inside / (k * len(generated)), covered / len(real)
+    return {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
 
 
 def feature_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dict[str, float]:
@@ -364,8 +350,7 @@ def evaluate_fidelity(
             chosen = np.sort(rows[title] if title == "real" else rows[title][:least])
             if len(chosen) < k + 1:
                 raise ValueError(
-                    f"{title} has {len(chosen)} images of {name}: k={k} neighbours need at least {k + 1}. "
-                    "Give more subjects."
+                    f"{title} has {len(chosen)} images of {name}: k={k} needs at least {k + 1}. Give more subjects."
                 )
             samples[title][name] = _Sample(slices.images[:, m], chosen, subjects[title][chosen])
     counts = {name: {title: len(samples[title][name].rows) for title in sets} for name in modalities}
@@ -375,10 +360,12 @@ def evaluate_fidelity(
         "extractor": extractor.weights_hash,
         "neighbour_extractor": (neighbour_extractor or extractor).weights_hash,
     }
-    floor_counts = {name: {title: counts[name][title] for title in ("real", "floor")} for name in modalities}
-    if floor is not None and [floor[key] for key in ("settings", "source", "num_images")] != [
-        settings, source, floor_counts,
-    ]:  # fmt: skip
+    conditions = {
+        "source": source,
+        "settings": settings,
+        "num_images": {name: {title: counts[name][title] for title in ("real", "floor")} for name in modalities},
+    }
+    if floor is not None and {key: floor[key] for key in conditions} != conditions:
         raise ValueError(
             "floor was measured with other settings or numbers of images; leave it out to measure it anew."
         )
@@ -396,19 +383,11 @@ def evaluate_fidelity(
 
     scores = _compare(samples["real"], samples["generated"], options, "score", progress)
     if floor is None:
-        floor = {
-            "scores": _compare(samples["real"], samples["floor"], options, "floor", progress),
-            "source": source,
-            "settings": settings,
-            "num_images": floor_counts,
-        }
+        floor = {"scores": _compare(samples["real"], samples["floor"], options, "floor", progress), **conditions}
     real_diversity = None
     if num_pairs:
-        real_diversity = {
-            name: diversity(sample.images[sample.rows], sample.subjects, num_pairs, seed)
-            for name, sample in samples["real"].items()
-        }
-        real_diversity["mean"] = float(np.mean(list(real_diversity.values())))
+        each = {m: diversity(s.images[s.rows], s.subjects, num_pairs, seed) for m, s in samples["real"].items()}
+        real_diversity = each | {"mean": float(np.mean(list(each.values())))}
     return {
         "scores": scores,
         "floor": floor,

@@ -228,7 +228,7 @@ def test_bad_sets_are_refused():
         run(generated=np.repeat(sets(seed=2)[:, :1], 3, axis=1))
     with pytest.raises(ValueError, match="image sizes differ"):
         run(generated=sets(size=36))
-    with pytest.raises(ValueError, match="generated has 3 images of T1: k=3 neighbours need at least 4"):
+    with pytest.raises(ValueError, match="generated has 3 images of T1: k=3 needs at least 4"):
         run(generated=sets(3))
     with pytest.raises(ValueError, match="real has 1 subject: the floor needs at least 2"):
         run(Slices(sets(), ["s"] * 24), sets(seed=2))

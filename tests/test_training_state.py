@@ -83,21 +83,6 @@ def make_run(seed=0):
     return accelerator, model, ema, clock, train
 
 
-def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path):
-    accelerator, model, ema, clock, train = make_run()
-    train(3)
-    torch.manual_seed(1)
-    save_checkpoint(accelerator, tmp_path, clock, ema)
-    train(4)
-
-    accelerator, other, other_ema, other_clock, train = make_run(seed=5)
-    assert load_checkpoint(accelerator, tmp_path, "latest", other_clock, other_ema) == tmp_path / "checkpoint-3"
-    train(4)
-    assert other_clock.step == 7
-    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(other_ema.shadow_params, ema.shadow_params, rtol=0, atol=0)
-
-
 def test_old_checkpoints_go_and_nothing_half_written_stays(tmp_path, monkeypatch):
     accelerator, model, ema, clock, train = make_run()
     for _ in range(3):

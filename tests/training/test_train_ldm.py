@@ -153,8 +153,6 @@ def test_labels_of_a_pipeline_of_other_modalities_go_over_by_name(autoencoder_ru
         (["--dataset=./absent"], "absent"),
         (["--output_dir=FILE"], "cannot write here"),
         (["--block_out_channels", "8", "12"], "block_out_channels: a width of 12 does not divide by 8"),
-        (["--block_out_channels", "8", "8", "8", "8", "8"], "5 levels"),
-        (["--attention_head_dim=32"], "attention_head_dim: 32"),
         (["--init_from=absent"], "--init_from absent: no pipeline there"),
         (["--conditional_fraction=2"], "--conditional_fraction 2.0: must be between 0 and 1"),
         (["--resume_from_checkpoint=absent"], "--resume_from_checkpoint absent"),

@@ -34,6 +34,8 @@ def test_a_run_writes_a_model_that_generates_subjects(run):
     first = PlainLDM.from_pretrained(run / "first_stage")
     torch.testing.assert_close(first.autoencoder.state_dict(), model.autoencoder.state_dict(), rtol=0, atol=0)
     assert first.config.latents_std == model.config.latents_std
+    # Its denoiser is that of the second stage.
+    assert not torch.equal(first.unet.conv_in.weight, model.unet.conv_in.weight)
 
 
 def test_a_resumed_run_ends_like_one_that_never_stopped(run, words, extractor, tmp_path):

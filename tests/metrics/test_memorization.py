@@ -180,17 +180,15 @@ def test_the_filter_takes_what_a_pipeline_returns(tiny_pipeline) -> None:
 
 def test_bad_input_is_refused(image_filter: MemorizationFilter, tiny_autoencoder: torch.nn.Module) -> None:
     good = heads(4, 0)
-    for bad, message in (
-        (good * 255, r"images span 0 to .*floats must be in \[0, 1\]"),
-        (good[0], r"images has shape \(3, 32, 32\); for T1, T2, WB it must be \(subjects, 3, 32, 32\)"),
-        (good[:, :2], r"images has shape \(4, 2, 32, 32\); for T1, T2, WB"),
-        (good[..., :16], r"images has shape \(4, 3, 32, 16\)"),
-        (None, "images is None"),
+    for arguments, message in (
+        ((good * 255,), r"images span 0 to .*floats must be in \[0, 1\]"),
+        ((good[0],), r"images has shape \(3, 32, 32\); for T1, T2, WB it must be \(subjects, 3, 32, 32\)"),
+        ((good[..., :16],), r"images has shape \(4, 3, 32, 16\)"),
+        ((None,), "images is None"),
+        ((good[:, :1], None, ["PET"]), "modalities names 'PET'"),
     ):
         with pytest.raises(ValueError, match=message):
-            image_filter.check(bad)
-    with pytest.raises(ValueError, match="modalities names 'PET'"):
-        image_filter.check(good[:, :1], modalities=["PET"])
+            image_filter.check(*arguments)
     for options, message in (
         (dict(train=Slices(good[:, :2])), r"train has images of shape \(4, 2, 32, 32\).*T1, T2, WB"),
         (dict(held_out=Slices(good[:1])), "held_out shows 1 subject"),

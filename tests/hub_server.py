@@ -83,14 +83,12 @@ class HubServer:
         from huggingface_hub import constants, hf_api
 
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
-        for name, value in {
-            "ENDPOINT": self.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_TOKEN_PATH": str(home / "token"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     def files(self, kind: str, name: str, revision: str = "main") -> dict[str, bytes]:
@@ -102,10 +100,6 @@ class HubServer:
 class HubError(Exception):
     """An answer that is no success: status, and the code by which huggingface_hub picks its exception."""
 
-    def __init__(self, status: int, code: str, message: str = ""):
-        super().__init__(message or code)
-        self.status, self.code = status, code
-
 
 class Handler(BaseHTTPRequestHandler):
     hub: HubServer
@@ -113,24 +107,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         url = urlsplit(self.path)
-        self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        self.query, request = parse_qs(url.query), f"{self.command} {url.path}"
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        request = f"{self.command} {url.path}"
         with self.hub.lock:
             self.hub.requests.append(request)
             if self.hub.break_at and re.search(self.hub.break_at, request):
                 self.close_connection = True
                 return
             try:
-                for method, pattern, action in ROUTES:
-                    match = re.fullmatch(pattern, url.path)
-                    if match and self.command in method.split():
-                        action(self, **{name: unquote(part) for name, part in match.groupdict().items() if part})
-                        return
-                raise HubError(404, "NoSuchRoute", f"{request} is not served")
+                for pattern, action in ROUTES:
+                    if match := re.fullmatch(pattern, request):
+                        parts = {name: unquote(part) for name, part in match.groupdict().items() if part}
+                        return action(self, **parts)
+                raise HubError(404, "NoSuchRoute")
             except HubError as error:
-                headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
-                self.answer({"error": str(error)}, error.status, headers)
+                status, code = error.args
+                self.answer({"error": code}, status, {"X-Error-Code": code, "X-Error-Message": code})
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
@@ -152,20 +144,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_write(self) -> None:
         if not self.is_owner:
-            raise HubError(401, "Unauthorized", "Invalid username or password.")
+            raise HubError(401, "Unauthorized")
 
-    def find(self, kind: str, repo: str) -> Repo:
-        found = self.hub.repos.get((kind, repo))
+    def find(self, kind: str, repo: str, revision: str = "main") -> tuple[Repo, str, dict[str, File]]:
+        """A repository, and of the revision its commit and its files."""
+        found = self.hub.repos.get((kind.rstrip("/"), repo))
         if found is None or (found.private and not self.is_owner):
-            raise HubError(404 if self.is_owner else 401, "RepoNotFound", "Repository not found")
-        return found
-
-    def find_files(self, kind: str, repo: str, revision: str) -> tuple[str, dict[str, File]]:
-        found = self.find(kind, repo)
+            raise HubError(404 if self.is_owner else 401, "RepoNotFound")
         sha = found.branches.get(revision, revision)
         if sha not in found.commits:
-            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return sha, found.commits[sha]
+            raise HubError(404, "RevisionNotFound")
+        return found, sha, found.commits[sha]
 
     # -- repositories
 
@@ -182,23 +171,25 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"url": url, "name": name, "id": name})
 
     def repo_info(self, kind: str, repo: str, revision: str = "main") -> None:
-        sha, files = self.find_files(kind, repo, revision)
-        info = {"_id": "1", "id": repo, "modelId": repo, "sha": sha, "private": self.hub.repos[kind, repo].private}
+        found, sha, files = self.find(kind, repo, revision)
+        info = {"_id": "1", "id": repo, "modelId": repo, "sha": sha, "private": found.private}
         siblings = [{"rfilename": path} for path in files]
         self.answer({**info, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
     def refs(self, kind: str, repo: str) -> None:
-        branches = self.find(kind, repo).branches.items()
+        branches = self.find(kind, repo)[0].branches.items()
         listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in branches]
         self.answer({"branches": listed, "tags": [], "converts": []})
 
-    def branch(self, kind: str, repo: str, revision: str) -> None:
+    def create_branch(self, kind: str, repo: str, revision: str) -> None:
         self.check_write()
-        branches = self.find(kind, repo).branches
-        if self.command == "DELETE":
-            del branches[revision]
-        else:
-            branches[revision] = branches["main"]
+        found, sha, _ = self.find(kind, repo)
+        found.branches[revision] = sha
+        self.answer({})
+
+    def delete_branch(self, kind: str, repo: str, revision: str) -> None:
+        self.check_write()
+        del self.find(kind, repo)[0].branches[revision]
         self.answer({})
 
     # -- uploads
@@ -210,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, kind: str, repo: str, revision: str) -> None:
         self.check_write()
-        present = self.find_files(kind, repo, revision)[1]
+        present = self.find(kind, repo, revision)[2]
         files = []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
             mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
@@ -220,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_batch(self, repo: str, kind: str = "models") -> None:
         self.check_write()
-        self.find(kind.rstrip("/"), repo)
+        self.find(kind, repo)
         objects = []
         for item in json.loads(self.body)["objects"]:
             upload = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
@@ -235,39 +226,38 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, kind: str, repo: str, revision: str) -> None:
         self.check_write()
-        files = dict(self.find_files(kind, repo, revision)[1])
-        for line in self.body.splitlines():
-            key, value = (item := json.loads(line))["key"], item["value"]
-            if key == "file":
+        found, _, files = self.find(kind, repo, revision)
+        files = dict(files)
+        for item in map(json.loads, self.body.splitlines()):
+            value = item["value"]
+            if item["key"] == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), is_lfs=False)
-            elif key == "lfsFile":
+            elif item["key"] == "lfsFile":
                 files[value["path"]] = File(self.hub.objects[value["oid"]], is_lfs=True)
-            elif key == "deletedFile":
+            elif item["key"] == "deletedFile":
                 del files[value["path"]]
-        sha = self.hub.repos[kind, repo].commit(revision, files)
+        sha = found.commit(revision, files)
         self.answer({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"})
 
     # -- downloads
 
     def tree(self, kind: str, repo: str, revision: str, path: str = "") -> None:
         prefix = f"{path}/" if path else ""
-        files = self.find_files(kind, repo, revision)[1]
-        files = {name: file for name, file in files.items() if name.startswith(prefix)}
-        listed = []
-        for folder in {str(parent) for name in files for parent in Path(name).parents} - {".", path}:
-            listed.append({"type": "directory", "path": folder, "size": 0, "oid": "0" * 40})
+        files = {name: file for name, file in self.find(kind, repo, revision)[2].items() if name.startswith(prefix)}
+        folders = {str(parent) for name in files for parent in Path(name).parents} - {".", path}
+        listed = [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in folders]
         for name, file in files.items():
             size = len(file.content)
             lfs = {"lfs": {"oid": file.sha256, "size": size, "pointerSize": 130}} if file.is_lfs else {}
             listed.append({"type": "file", "path": name, "size": size, "oid": file.oid, **lfs})
-        if self.query.get("recursive") != "true":
+        if self.query.get("recursive") != ["true"]:
             listed = [entry for entry in listed if "/" not in entry["path"].removeprefix(prefix)]
         self.answer(sorted(listed, key=lambda entry: entry["path"]))
 
     def resolve(self, repo: str, revision: str, path: str, kind: str = "models") -> None:
-        sha, files = self.find_files(kind.rstrip("/"), repo, revision)
+        _, sha, files = self.find(kind, repo, revision)
         if path not in files:
-            raise HubError(404, "EntryNotFound", f"{path} does not exist on {revision}")
+            raise HubError(404, "EntryNotFound")
         file = files[path]
         etag = f'"{file.sha256 if file.is_lfs else file.oid}"'
         headers = {"X-Repo-Commit": sha, "ETag": etag, "Content-Type": "application/octet-stream"}
@@ -280,15 +270,16 @@ REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 API = rf"/api/(?P<kind>models|datasets)/{REPO}"
 REVISION = r"(?P<revision>[^/]+)"
 ROUTES = [
-    ("POST", r"/api/repos/create", Handler.create_repo),
-    ("POST", r"/api/validate-yaml", Handler.validate_yaml),
-    ("GET", rf"{API}(/revision/{REVISION})?", Handler.repo_info),
-    ("GET", rf"{API}/refs", Handler.refs),
-    ("POST DELETE", rf"{API}/branch/{REVISION}", Handler.branch),
-    ("POST", rf"{API}/preupload/{REVISION}", Handler.preupload),
-    ("POST", rf"/(?P<kind>datasets/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
-    ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})", Handler.lfs_put),
-    ("POST", rf"{API}/commit/{REVISION}", Handler.commit),
-    ("GET", rf"{API}/tree/{REVISION}(/(?P<path>.+))?", Handler.tree),
-    ("GET HEAD", rf"/(?P<kind>datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
+    (r"POST /api/repos/create", Handler.create_repo),
+    (r"POST /api/validate-yaml", Handler.validate_yaml),
+    (rf"GET {API}(/revision/{REVISION})?", Handler.repo_info),
+    (rf"GET {API}/refs", Handler.refs),
+    (rf"POST {API}/branch/{REVISION}", Handler.create_branch),
+    (rf"DELETE {API}/branch/{REVISION}", Handler.delete_branch),
+    (rf"POST {API}/preupload/{REVISION}", Handler.preupload),
+    (rf"POST /(?P<kind>datasets/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    (r"PUT /lfs/(?P<sha256>[0-9a-f]{64})", Handler.lfs_put),
+    (rf"POST {API}/commit/{REVISION}", Handler.commit),
+    (rf"GET {API}/tree/{REVISION}(/(?P<path>.+))?", Handler.tree),
+    (rf"(GET|HEAD) /(?P<kind>datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 ]

@@ -40,7 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dldm_pipeline", "dldm_pipeline.*"]),
-    package_data={"dldm_pipeline": ["checkpoints/*/*", "checkpoints/*/*/*"]},
+    package_data={"dldm_pipeline": ["checkpoints/*/*", "checkpoints/*/*/*", "metrics/templates/*"]},
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.36",
@@ -57,6 +57,7 @@ setup(
         "pillow>=10",
         "matplotlib>=3.8",
         "pyyaml>=6",
+        "jinja2>=3.1",
         "tqdm>=4.66",
     ],
     extras_require=extras,

@@ -1,13 +1,12 @@
 """Do the modalities of one subject, and its tumour mask, show one anatomy?
 
-The figures need no ground truth, so they are the same for real and generated subjects; what a good value is, the real
-subjects tell. `evaluate_alignment` measures one set of subjects. Beside each figure it gives the value that the same
-subjects have when shuffled (one modality, or the mask, of one subject beside another modality of a second subject), which
-is what "no alignment at all" scores.
+The figures need no ground truth, so they are the same for real and generated subjects; the values of real subjects say what
+is good. Beside each figure stands its value for the same subjects *shuffled*: one modality, or the mask, of one subject
+with another modality of a second subject. That is the value without any alignment.
 
 Two modalities are compared by their edges and by the mutual information of their intensities. An image and the mask are
-compared by its enhancement and by small segmenters, each trained on real images of one modality alone
-([`train_segmenter`]): do they find the tumour where the mask has it?
+compared by the enhancement inside the mask, and by a segmenter trained on real images of that modality alone
+([`~dldm_pipeline.metrics.segmenter.train_segmenter`]): does it find the tumour where the mask is?
 """
 
 from __future__ import annotations
@@ -16,15 +15,12 @@ from itertools import combinations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from scipy.stats import entropy
 from tqdm.auto import tqdm
 
-from dldm_pipeline.data.slices import split_subjects
-from dldm_pipeline.optimization import MuonAdamW
-
 from .reconstruction import dice, exchange_partners, mean_over_subjects
+from .segmenter import predict_masks
 
 # Modalities in which a contrast agent makes tumour bright.
 ENHANCED = ("WB", "BB", "T1CE")
@@ -141,111 +137,6 @@ def vessel_contrast(
     return float(white[vessels].mean() / white.mean()), float(black[vessels].mean() / black.mean())
 
 
-def make_segmenter(channels: int = 40) -> torch.nn.Sequential:
-    """An untrained segmenter: images (B, 1, H, W) to mask logits (B, 1, H, W), H and W divisible by 4.
-
-    Patches of 4x4 pixels become channels; dilated convolutions then see 23 x 23 of them around each. 0.16 GFLOP for an
-    image of 128x128, a multiplication and an addition counted as two.
-    """
-    layers: list[torch.nn.Module] = [torch.nn.PixelUnshuffle(4)]
-    for width, dilation in zip((16, *[channels] * 5), (1, 1, 2, 4, 2, 1), strict=True):
-        layers += [torch.nn.Conv2d(width, channels, 3, padding=dilation, dilation=dilation, bias=False)]
-        layers += [torch.nn.BatchNorm2d(channels), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers, torch.nn.Conv2d(channels, 16, 1), torch.nn.PixelShuffle(4))
-
-
-def train_segmenter(
-    images: np.ndarray,
-    masks: np.ndarray,
-    subjects: list[str] | None = None,
-    steps: int = 400,
-    batch_size: int = 8,
-    held_out: float = 0.2,
-    seed: int = 0,
-    progress: bool = True,
-) -> tuple[torch.nn.Module, float]:
-    """Trains a small segmenter of the tumour on real images of one modality: half a minute on two cores at 128x128.
-
-    Cross-entropy (tumour weighs ten times as much as the rest) plus soft Dice, Muon with a one-cycle rate, images mirrored
-    at random. The same seed gives the same weights on the same machine and number of threads; the caller's random state is
-    left as it was.
-
-    Train it on other subjects than those that it will be the judge of.
-
-    Args:
-        images: (N, H, W) in [0, 1], all of one modality; H and W divisible by 4.
-        masks: (N, H, W), non-zero is tumour.
-        subjects: N subject names; None if every image is a subject of its own.
-        steps: optimizer steps.
-        batch_size: images a step.
-        held_out: share of the subjects that is not trained on.
-        seed: seed of split, initial weights and order.
-        progress: show a progress bar.
-
-    Returns:
-        The segmenter, in evaluation mode, and its mean Dice on the held-out subjects: what it is worth.
-
-    Raises:
-        ValueError: on wrong shapes, fewer than 2 subjects, or no tumour to learn from.
-    """
-    images, masks = np.asarray(images, dtype=np.float32), np.asarray(masks).astype(bool)
-    if images.ndim != 3 or images.shape[1] % 4 or images.shape[2] % 4:
-        raise ValueError(f"images has shape {images.shape}: give one modality, (N, H, W), with H and W divisible by 4.")
-    if masks.shape != images.shape:
-        raise ValueError(f"masks has shape {masks.shape} and images {images.shape}: give one mask for each image.")
-    subjects = [f"subject-{i}" for i in range(len(images))] if subjects is None else list(subjects)
-    learnt, tested = (np.flatnonzero(np.isin(subjects, part)) for part in split_subjects(subjects, held_out, seed))
-    if len(learnt) == 0 or len(tested) == 0:
-        raise ValueError(
-            f"subjects holds {len(set(subjects))} subject(s), held_out is {held_out}: a segmenter needs at least 2, "
-            "one to learn from and one to be tested on, and a share between 0 and 1."
-        )
-    if not masks[learnt].any():
-        raise ValueError(f"masks shows no tumour in {len(learnt)} training images: give slices with tumour.")
-
-    rng = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        segmenter = make_segmenter()
-    # Muon and the weight: without either, a faint tumour (T1) stays unfound for hundreds of steps.
-    optimizer, tumour_weight = MuonAdamW(segmenter, lr=2e-2), torch.tensor(10.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=steps, cycle_momentum=False)
-    for _ in tqdm(range(steps), desc="train segmenter", disable=not progress):
-        rows = rng.choice(learnt, batch_size)
-        image, mask = torch.from_numpy(images[rows])[:, None], torch.from_numpy(masks[rows]).float()
-        if rng.random() < 0.5:
-            image, mask = image.flip(-1), mask.flip(-1)
-        logits = segmenter(image)[:, 0]
-        probability = logits.sigmoid()
-        overlap = (2 * (probability * mask).sum(dim=(1, 2)) + 1) / ((probability + mask).sum(dim=(1, 2)) + 1)
-        loss = F.binary_cross_entropy_with_logits(logits, mask, pos_weight=tumour_weight) + 1 - overlap.mean()
-        segmenter.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-    segmenter.eval()
-    scores = dice(masks[tested], predict_masks(segmenter, images[tested]))
-    return segmenter, float(mean_over_subjects(scores, [subjects[i] for i in tested]))
-
-
-@torch.no_grad()
-def predict_masks(segmenter: torch.nn.Module, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """Tumour masks that a segmenter sees in images of its modality.
-
-    Args:
-        segmenter: from [`train_segmenter`], of images of this size.
-        images: (N, H, W) in [0, 1].
-        batch_size: images at a time.
-
-    Returns:
-        bool array (N, H, W).
-    """
-    images = np.asarray(images, dtype=np.float32)
-    device = next(segmenter.parameters()).device
-    batches = (torch.from_numpy(images[i : i + batch_size]).to(device) for i in range(0, len(images), batch_size))
-    return np.concatenate([(segmenter(batch[:, None])[:, 0] > 0).cpu().numpy() for batch in batches])
-
-
 def evaluate_alignment(
     images: np.ndarray,
     masks: np.ndarray,
@@ -261,7 +152,7 @@ def evaluate_alignment(
     """Measures how well the modalities and masks of a set of subjects fit together. Means are over subjects.
 
     Edges and intensities are compared inside the brain, eroded by 3 pixels (of a 128-pixel image): the outline of the
-    head is left out, for it is alike in everybody. Two shuffled subjects are compared where both have brain.
+    head is left out, because it is alike in all subjects. Two shuffled subjects are compared where both have brain.
 
     Args:
         images: (N, n, H, W) in [0, 1].
@@ -273,24 +164,22 @@ def evaluate_alignment(
         reference: what this function returned for real subjects; adds the comparison with them.
         progress: show a progress bar.
         seed: seed of the shuffling.
-        segmenters: name → segmenter of that modality from [`train_segmenter`], not trained on these subjects; adds the
-            mask agreement of those modalities.
+        segmenters: name → segmenter of that modality from [`~dldm_pipeline.metrics.segmenter.train_segmenter`], not
+            trained on these subjects; adds the mask agreement of those modalities.
 
     Returns:
-        dict of plain numbers:
+        dict of plain numbers; each of the first five has a twin with `_shuffled` appended to its key:
 
+        - `edge_correlation`: pair "A-B" → mean [`edge_correlation`]
+        - `mutual_information`: pair → mean [`normalized_mutual_information`]
+        - `mask_agreement`: name in `segmenters` → mean Dice of the mask and what the segmenter finds in the image (1 where
+          both are empty); None without segmenters
+        - `enhancement`: name in `ENHANCED` → mean [`enhancement_ratio`]
+        - `vessels`: {"WB": …, "BB": …} from [`vessel_contrast`]; None without WB and BB
         - `num_slices`, `num_subjects`, `num_empty_masks` (masks that are known and have no tumour)
-        - `edge_correlation`, `edge_correlation_shuffled`: pair "A-B" → mean correlation
         - `edge_correlation_shuffled_p95`: pair → 95th percentile over the shuffled slices
-        - `apart`: share of all (slice, pair) whose correlation is no higher than that percentile (of the `reference`, if
-          there is one): pairs that might as well be of two subjects
-        - `mutual_information`, `mutual_information_shuffled`: pair → mean [`normalized_mutual_information`]
-        - `mask_agreement`, `mask_agreement_shuffled`: name in `segmenters` → mean Dice of what the segmenter sees in the
-          image with the subject's own mask and with another subject's (1 where both are empty); None without segmenters
-        - `enhancement`, `enhancement_shuffled`: name in `ENHANCED` → mean [`enhancement_ratio`], own mask and another
-          subject's
-        - `vessels`, `vessels_shuffled`: {"WB": …, "BB": …} from [`vessel_contrast`], own images and WB of one subject with
-          BB of another; None without WB and BB
+        - `misaligned`: fraction of all (slice, pair) whose correlation is no higher than that percentile (of the
+          `reference`, if there is one): pairs that may as well be of two subjects
         - with a `reference`: `edge_correlation_change` (pair → relative change, -0.1 is 10 % lower),
           `edge_correlation_change_worst` (the largest in size, with its sign), `enhancement_change` (name → relative
           change)
@@ -298,7 +187,8 @@ def evaluate_alignment(
     Raises:
         ValueError: if there is a segmenter of a modality that is not in `modalities`.
     """
-    unknown = set(segmenters or ()) - set(modalities)
+    segmenters = segmenters or {}
+    unknown = set(segmenters) - set(modalities)
     if unknown:
         raise ValueError(f"segmenters names {sorted(unknown)}, but the modalities are {', '.join(modalities)}.")
     images, masks = np.asarray(images), np.asarray(masks).astype(bool)
@@ -312,70 +202,59 @@ def evaluate_alignment(
     margin = max(1, round(_pixels(3, images.shape)))
     cores = np.stack([ndimage.binary_erosion(brain, iterations=margin) for brain in brains])
     edges = np.stack([[edge_map(image) for image in slice_images] for slice_images in images])
-    pairs = list(combinations(range(n), 2))
-    enhanced = [m for m, name in enumerate(modalities) if name in ENHANCED]
-    blood = [modalities.index(name) for name in ("WB", "BB") if name in modalities]
-    blood = blood if len(blood) == 2 else []
-    segmented = [m for m, name in enumerate(modalities) if name in (segmenters or ())]
-    seen = [predict_masks(segmenters[modalities[m]], images[:, m]) for m in segmented]
+    channels = {name: m for m, name in enumerate(modalities)}
+    pairs = {f"{a}-{b}": (channels[a], channels[b]) for a, b in combinations(modalities, 2)}
+    enhanced = {name: m for name, m in channels.items() if name in ENHANCED}
+    segmented = {name: m for name, m in channels.items() if name in segmenters}
+    found = {m: predict_masks(segmenters[name], images[:, m]) for name, m in segmented.items()}
+    blood = [channels[name] for name in ("WB", "BB")] if {"WB", "BB"} <= set(modalities) else []
 
-    own, other = np.full((count, len(pairs)), np.nan), np.full((count, len(pairs)), np.nan)
-    shared, shared_other = np.full((count, len(pairs)), np.nan), np.full((count, len(pairs)), np.nan)
-    found, found_other = np.full((count, len(segmented)), np.nan), np.full((count, len(segmented)), np.nan)
-    ratio, ratio_other = np.full((count, len(enhanced)), np.nan), np.full((count, len(enhanced)), np.nan)
-    vessels, vessels_other = np.full((count, 2), np.nan), np.full((count, 2), np.nan)
-    for i, j in enumerate(tqdm(partners, desc="align", disable=not progress)):
-        for p, (a, b) in enumerate(pairs):
-            if present[i, a] and present[i, b]:
-                own[i, p] = edge_correlation(edges[i, a], edges[i, b], cores[i])
-                shared[i, p] = normalized_mutual_information(images[i, a], images[i, b], cores[i])
-            if j >= 0 and present[i, a] and present[j, b]:
-                other[i, p] = edge_correlation(edges[i, a], edges[j, b], cores[i] & cores[j])
-                shared_other[i, p] = normalized_mutual_information(images[i, a], images[j, b], cores[i] & cores[j])
-        for e, m in enumerate(enhanced):
-            if present[i, m] and has_mask[i]:
-                ratio[i, e] = enhancement_ratio(images[i, m], masks[i], brains[i])
-            if j >= 0 and present[i, m] and has_mask[j]:
-                ratio_other[i, e] = enhancement_ratio(images[i, m], masks[j] & brains[i], brains[i])
-        for s, m in enumerate(segmented):
-            if present[i, m] and has_mask[i]:
-                found[i, s] = dice(masks[i], seen[s][i])
-            if j >= 0 and present[i, m] and has_mask[j]:
-                found_other[i, s] = dice(masks[j], seen[s][i])
-        if blood and present[i, blood].all():
-            vessels[i] = vessel_contrast(images[i, blood[0]], images[i, blood[1]], masks[i], brains[i])
-        if blood and j >= 0 and present[i, blood[0]] and present[j, blood[1]]:
-            both = masks[i] | masks[j], brains[i] & brains[j]
-            vessels_other[i] = vessel_contrast(images[i, blood[0]], images[j, blood[1]], *both)
-
-    def by_name(values: np.ndarray, names: list[str]) -> dict[str, float]:
-        return {name: float(value) for name, value in zip(names, mean_over_subjects(values, subjects), strict=True)}
-
-    pair_names = [f"{modalities[a]}-{modalities[b]}" for a, b in pairs]
-    enhanced_names, segmented_names = ([modalities[m] for m in which] for which in (enhanced, segmented))
-    p95 = {
-        name: float(np.nanpercentile(other[:, p], 95)) if np.isfinite(other[:, p]).any() else float("nan")
-        for p, name in enumerate(pair_names)
+    columns = {"edge_correlation": list(pairs), "mutual_information": list(pairs), "mask_agreement": list(segmented)}
+    columns |= {"enhancement": list(enhanced), "vessels": ["WB", "BB"] if blood else []}
+    values = {
+        key + kind: np.full((count, len(names)), np.nan) for key, names in columns.items() for kind in ("", "_shuffled")
     }
-    limits = np.array([(reference or {}).get("edge_correlation_shuffled_p95", p95)[name] for name in pair_names])
-    known = np.isfinite(own) & np.isfinite(limits)
-    result = {
+    for i, partner in enumerate(tqdm(partners, desc="align", disable=not progress)):
+        # An image of slice i with another image, or the mask, of slice j: first of its own subject, then of another one.
+        for kind, j in (("", i), ("_shuffled", partner)):
+            if j < 0:
+                continue
+            core, brain = cores[i] & cores[j], brains[i] & brains[j]
+            for p, (a, b) in enumerate(pairs.values()):
+                if present[i, a] and present[j, b]:
+                    values["edge_correlation" + kind][i, p] = edge_correlation(edges[i, a], edges[j, b], core)
+                    information = normalized_mutual_information(images[i, a], images[j, b], core)
+                    values["mutual_information" + kind][i, p] = information
+            for p, m in enumerate(segmented.values()):
+                if present[i, m] and has_mask[j]:
+                    values["mask_agreement" + kind][i, p] = dice(masks[j], found[m][i])
+            mask = masks[i] if i == j else masks[j] & brains[i]  # another subject's mask may leave this brain
+            for p, m in enumerate(enhanced.values()):
+                if present[i, m] and has_mask[j]:
+                    values["enhancement" + kind][i, p] = enhancement_ratio(images[i, m], mask, brains[i])
+            if blood and present[i, blood[0]] and present[j, blood[1]]:
+                both = images[i, blood[0]], images[j, blood[1]]
+                values["vessels" + kind][i] = vessel_contrast(*both, masks[i] | masks[j], brain)
+
+    result: dict = {
         "num_slices": count,
         "num_subjects": len(set(subjects)),
         "num_empty_masks": int(np.sum(has_mask & ~masks.any(axis=(1, 2)))),
-        "edge_correlation": by_name(own, pair_names),
-        "edge_correlation_shuffled": by_name(other, pair_names),
-        "edge_correlation_shuffled_p95": p95,
-        "apart": float(np.mean((own <= limits)[known])) if known.any() else float("nan"),
-        "mutual_information": by_name(shared, pair_names),
-        "mutual_information_shuffled": by_name(shared_other, pair_names),
-        "mask_agreement": by_name(found, segmented_names) if segmented else None,
-        "mask_agreement_shuffled": by_name(found_other, segmented_names) if segmented else None,
-        "enhancement": by_name(ratio, enhanced_names),
-        "enhancement_shuffled": by_name(ratio_other, enhanced_names),
-        "vessels": by_name(vessels, ["WB", "BB"]) if blood else None,
-        "vessels_shuffled": by_name(vessels_other, ["WB", "BB"]) if blood else None,
     }
+    for key, names in columns.items():
+        for one in (key, key + "_shuffled"):
+            means = mean_over_subjects(values[one], subjects).tolist()
+            unknown = key in ("mask_agreement", "vessels") and not names
+            result[one] = None if unknown else dict(zip(names, means, strict=True))
+    own, shuffled = values["edge_correlation"], values["edge_correlation_shuffled"]
+    result["edge_correlation_shuffled_p95"] = {
+        name: float(np.nanpercentile(shuffled[:, p], 95)) if np.isfinite(shuffled[:, p]).any() else float("nan")
+        for p, name in enumerate(pairs)
+    }
+    limits = (reference or result)["edge_correlation_shuffled_p95"]
+    limits = np.array([limits[name] for name in pairs])
+    known = np.isfinite(own) & np.isfinite(limits)
+    result["misaligned"] = float(np.mean((own <= limits)[known])) if known.any() else float("nan")
     if reference is not None:
         for key in ("edge_correlation", "enhancement"):
             result[f"{key}_change"] = {name: value / reference[key][name] - 1 for name, value in result[key].items()}

@@ -24,13 +24,14 @@ from tqdm.auto import tqdm
 
 from dldm_pipeline.data.files import read_arrays, write_arrays
 
-from .alignment import evaluate_alignment, make_segmenter, train_segmenter
+from .alignment import evaluate_alignment
 from .disentanglement import evaluate_disentanglement
 from .features import FeatureExtractor, hash_weights
 from .fidelity import evaluate_fidelity, feature_scores
 from .images import Slices, to_uint8
 from .memorization import MemorizationFilter, evaluate_memorization
 from .reconstruction import compare_spectra, encode_subjects, evaluate_reconstruction, radial_power_spectrum, rebuild
+from .segmenter import make_segmenter, train_segmenter
 
 BLOCK = 25  # subjects drawn and kept at a time
 NEIGHBOURS = 3  # k of precision, recall, density and coverage

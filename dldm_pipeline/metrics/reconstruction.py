@@ -1,16 +1,15 @@
-"""How faithfully the autoencoder rebuilds held-out slices.
+"""How well the autoencoder rebuilds held-out slices.
 
-Four questions, each answered by one figure per modality:
+Five questions, each with one figure for each modality:
 
-1. How close is the rebuilt image?  PSNR with the structure of all modalities.
-2. Is the structure the same whichever modality it came from?  PSNR with the structure of one modality alone.
-3. Does the style carry appearance only?  PSNR with the style of another subject (same modality); the target stays the
-   structure's own subject, because exchanging appearance must not move anatomy.
-4. Is the image sharp?  Radial power spectrum of the rebuilt images over that of the real ones.
+1. How close is the rebuilt image? PSNR with the structure of all modalities.
+2. Is the structure the same whichever modality it came from? PSNR with the structure of one modality alone.
+3. Does the style carry appearance only? PSNR with the style of another subject (same modality). The target is the structure's
+   own subject, because another appearance must not move the anatomy.
+4. Is the image sharp? Radial power spectrum of the rebuilt images over that of the real ones.
+5. Is the tumour found? Dice of the mask, which is decoded from the structure alone.
 
-A fifth figure, Dice, scores the tumour mask, which is decoded from the structure alone.
-
-The figures are plain functions of numpy arrays. `encode_subjects` and `evaluate_reconstruction` apply them to a
+The figures are plain functions of arrays. `encode_subjects` and `evaluate_reconstruction` apply them to a
 [`~dldm_pipeline.autoencoder_disentangled.DisentangledAutoencoder`].
 """
 
@@ -73,9 +72,9 @@ def dice(real: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 def radial_power_spectrum(images: np.ndarray) -> np.ndarray:
     """Mean power |FFT|² in each frequency ring, from zero up to and including half the Nyquist frequency.
 
-    Rings are one cycle per image wide (per shorter side, if the image is not square): ring r holds the frequencies
-    whose radius rounds to r, so ring 0 is the mean intensity alone, and the last of the `min(H, W) // 4 + 1` rings is
-    half the Nyquist frequency. No window is applied: the brain lies on an empty background.
+    Rings are one cycle per image wide (per shorter side, if the image is not square). Ring r holds the frequencies whose
+    radius rounds to r: ring 0 is the mean intensity alone, and the last of the `min(H, W) // 4 + 1` rings is half the
+    Nyquist frequency. No window is applied, because the brain lies on an empty background.
 
     Args:
         images: array of shape (..., H, W).
@@ -86,19 +85,9 @@ def radial_power_spectrum(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images, dtype=np.float64)
     height, width = images.shape[-2:]
     side = min(height, width)
-    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :]) * side
-    ring = np.rint(radius).astype(int)
+    ring = np.rint(np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :]) * side)
     power = np.abs(np.fft.fft2(images)) ** 2
     return np.stack([power[..., ring == r].mean(axis=-1) for r in range(side // 4 + 1)], axis=-1)
-
-
-def largest_deviation(ratio: np.ndarray) -> float:
-    """Largest |ratio - 1| over the frequency rings: 0.2 means that every ring's power is within 20 % of the real one's.
-
-    Args:
-        ratio: array of shape (rings,): power of the rebuilt (or generated) images over that of the real ones.
-    """
-    return float(np.max(np.abs(np.asarray(ratio) - 1.0)))
 
 
 def compare_spectra(real: np.ndarray, other: np.ndarray, modalities: list[str]) -> dict:
@@ -111,17 +100,17 @@ def compare_spectra(real: np.ndarray, other: np.ndarray, modalities: list[str]) 
 
     Returns:
         dict with `ratio` (name → list: mean power of `other` over mean power of `real`, per ring), `ratio_mean` (its
-        mean over modalities), `largest_deviation` (name → largest |ratio - 1|), `largest_deviation_worst` (the highest
-        of those) and `largest_deviation_mean_ratio` (of `ratio_mean`, where opposite errors cancel out).
+        mean over modalities), `largest_deviation` (name → largest |ratio - 1| of all rings), `largest_deviation_worst`
+        (the highest of those) and `largest_deviation_mean_ratio` (of `ratio_mean`, where opposite errors cancel out).
     """
     ratio = np.nanmean(other, axis=0) / np.maximum(np.nanmean(real, axis=0), 1e-12)
-    deviations = {name: largest_deviation(ratio[m]) for m, name in enumerate(modalities)}
+    largest = np.abs(ratio - 1).max(axis=1)
     return {
-        "ratio": {name: ratio[m].tolist() for m, name in enumerate(modalities)},
+        "ratio": dict(zip(modalities, ratio.tolist(), strict=True)),
         "ratio_mean": ratio.mean(axis=0).tolist(),
-        "largest_deviation": deviations,
-        "largest_deviation_worst": max(deviations.values()),
-        "largest_deviation_mean_ratio": largest_deviation(ratio.mean(axis=0)),
+        "largest_deviation": dict(zip(modalities, largest.tolist(), strict=True)),
+        "largest_deviation_worst": float(largest.max()),
+        "largest_deviation_mean_ratio": float(np.abs(ratio.mean(axis=0) - 1).max()),
     }
 
 
@@ -150,8 +139,8 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
 def exchange_partners(subjects: list[str], present: np.ndarray, seed: int = 0) -> np.ndarray:
     """For each slice and modality, a slice of *another subject* that has this modality.
 
-    Subjects are put in a random order and every slice takes the one that lies as many places further on as the largest
-    subject has slices; this always leaves the subject and uses every slice once.
+    Subjects are put in a random order. Every slice takes the one that is as many places further on as the largest subject
+    has slices: that is always another subject, and every slice is used once.
 
     Args:
         subjects: the N subject names.
@@ -159,8 +148,8 @@ def exchange_partners(subjects: list[str], present: np.ndarray, seed: int = 0) -
         seed: seed of the random order.
 
     Returns:
-        int array of shape (N, n): the partner's index; -1 where the modality is missing or where one subject holds
-        more than half of its slices, so that no such exchange exists.
+        int array of shape (N, n): the partner's index; -1 where the modality is missing, or where one subject has more
+        than half of its slices, so that no such exchange exists.
     """
     names, present = np.asarray(subjects), np.asarray(present, dtype=bool)
     partners = np.full(present.shape, -1)
@@ -189,7 +178,7 @@ class EncodedSubjects:
         has_mask: (N,) bool.
         structure: (N, c_s, h, w), from all modalities present.
         single_structures: (N, n, c_s, h, w), from modality m alone; NaN where missing.
-        styles: (N, n, c_t) or (N, n, c_t, h, w); NaN where missing.
+        styles: (N, n, c_t); NaN where missing.
     """
 
     modalities: list[str]
@@ -236,7 +225,7 @@ def encode_subjects(
     if max_items is not None and max_items < total:
         dataset = Subset(dataset, np.linspace(0, total - 1, max_items).round().astype(int).tolist())
 
-    parts: dict[str, list] = {name: [] for name in EncodedSubjects.__dataclass_fields__ if name != "modalities"}
+    parts = []
     for batch in tqdm(DataLoader(dataset, batch_size=batch_size), desc="encode", disable=not progress):
         images, present = batch["images"], batch["present"].bool()
         if images.shape[1] != len(modalities):
@@ -244,30 +233,19 @@ def encode_subjects(
                 f"dataset has {images.shape[1]} modalities, the model {len(modalities)}: {', '.join(modalities)}. "
                 "Read the data with modalities=autoencoder.config.modalities."
             )
-        presents = [present]
-        for m in range(len(modalities)):
-            alone = torch.zeros_like(present)
-            alone[:, m] = True
-            presents.append(alone)
+        alone = [present, *torch.eye(len(modalities), dtype=torch.bool)[:, None].expand(-1, len(present), -1)]
         # Several subsets of the same images share the per-modality features, which are nearly all of the cost.
         subsets = autoencoder.encode_subsets(
-            images.to(autoencoder.device), [p.to(autoencoder.device) for p in presents]
+            images.to(autoencoder.device), [one.to(autoencoder.device) for one in alone]
         )
         full, *single = [output.structure_dist.mode().float().cpu() for output in subsets]
-        single = torch.stack(single, dim=1)
-        styles = subsets[0].style_dist.mode().float().cpu()
-        single[~present] = torch.nan
-        styles[~present] = torch.nan
-        parts["subjects"] += list(batch["subject"])
-        parts["images"].append(images.numpy())
-        parts["present"].append(present.numpy())
-        parts["masks"].append(batch["mask"].numpy() > 0.5)
-        parts["has_mask"].append(batch["has_mask"].bool().numpy())
-        parts["structure"].append(full.numpy())
-        parts["single_structures"].append(single.numpy())
-        parts["styles"].append(styles.numpy())
-    arrays = {name: np.concatenate(value) for name, value in parts.items() if name != "subjects"}
-    return EncodedSubjects(modalities=modalities, subjects=parts["subjects"], **arrays)
+        single, styles = torch.stack(single, dim=1), subsets[0].style_dist.mode().float().cpu()
+        single[~present] = styles[~present] = torch.nan
+        mask, has_mask = batch["mask"].numpy() > 0.5, batch["has_mask"].bool().numpy()
+        latents = [latent.numpy() for latent in (full, single, styles)]
+        parts.append([np.array(batch["subject"]), images.numpy(), present.numpy(), mask, has_mask, *latents])
+    subjects, *arrays = [np.concatenate(part) for part in zip(*parts, strict=True)]
+    return EncodedSubjects(modalities, subjects.tolist(), *arrays)
 
 
 @torch.no_grad()
@@ -303,11 +281,11 @@ def rebuild(
 def evaluate_reconstruction(
     autoencoder: torch.nn.Module, encoded: EncodedSubjects, batch_size: int = 16, progress: bool = True, seed: int = 0
 ) -> dict:
-    """Decodes the latents of held-out slices in every way that matters and scores the outcome.
+    """Decodes the latents of held-out slices in all ways that the questions above need, and scores the results.
 
     Rebuilt images are clipped to [0, 1] first, as a saved image is. A mask pixel is tumour where its logit is positive.
     Means are over subjects (see [`mean_over_subjects`]). Styles always come from the full set of modalities, so that
-    "structure from one alone" changes the structure and nothing else.
+    "structure from one alone" changes the structure only.
 
     Args:
         autoencoder: the model that made `encoded`.
@@ -321,7 +299,7 @@ def evaluate_reconstruction(
 
         - `num_slices`, `num_subjects`, `modalities`
         - `psnr`: `all`, `exchanged`, `another_subject` (name → dB; the last one is the floor: another subject's real
-          image in place of the rebuilt one) and `single` (source → target → dB)
+          image instead of the rebuilt one) and `single` (source → target → dB)
         - `psnr_mean`, `psnr_worst`, `psnr_best`, `psnr_spread`: of `psnr["all"]` over modalities
         - `exchange_cost`: name → dB lost by exchanging styles; `exchange_cost_mean`, `exchange_cost_worst`
         - `single_cost`: source → dB lost against `all`, mean over targets; `single_cost_mean` (over all sources and
@@ -329,24 +307,23 @@ def evaluate_reconstruction(
         - `mask_dice` (structure from all), `mask_dice_single` (source → Dice), None without masks
         - `spectrum`: see [`compare_spectra`]
     """
-    names, count, n = encoded.modalities, len(encoded.subjects), len(encoded.modalities)
-    partners = exchange_partners(encoded.subjects, encoded.present, seed)
-    columns = np.arange(n)
+    names, subjects, count, n = encoded.modalities, encoded.subjects, len(encoded.subjects), len(encoded.modalities)
+    partners, columns = exchange_partners(subjects, encoded.present, seed), np.arange(n)
     full, swapped, floor = (np.full((count, n), np.nan) for _ in range(3))
     single = np.full((count, n, n), np.nan)
     overlap, overlap_single = np.full(count, np.nan), np.full((count, n), np.nan)
     spectra: dict[str, list[np.ndarray]] = {"real": [], "rebuilt": []}
 
     for start in tqdm(range(0, count, batch_size), desc="rebuild in all ways", disable=not progress):
-        rows = slice(start, min(start + batch_size, count))
+        rows = slice(start, start + batch_size)
         real, present, partner = encoded.images[rows], encoded.present[rows], partners[rows]
         labelled = encoded.has_mask[rows]
 
         rebuilt, mask = _decode(autoencoder, encoded.structure[rows], encoded.styles[rows])
         full[rows] = np.where(present, psnr(real, rebuilt), np.nan)
         overlap[rows] = np.where(labelled, dice(encoded.masks[rows], mask), np.nan)
-        spectra["real"].append(np.where(present[..., None], radial_power_spectrum(real), np.nan))
-        spectra["rebuilt"].append(np.where(present[..., None], radial_power_spectrum(rebuilt), np.nan))
+        for key, images in (("real", real), ("rebuilt", rebuilt)):
+            spectra[key].append(np.where(present[..., None], radial_power_spectrum(images), np.nan))
 
         rebuilt, _ = _decode(autoencoder, encoded.structure[rows], encoded.styles[partner, columns])
         swapped[rows] = np.where(partner >= 0, psnr(real, rebuilt), np.nan)
@@ -354,29 +331,27 @@ def evaluate_reconstruction(
 
         for m in range(n):
             rebuilt, mask = _decode(autoencoder, encoded.single_structures[rows, m], encoded.styles[rows])
-            known = present & present[:, m : m + 1]
-            single[rows, m] = np.where(known, psnr(real, rebuilt), np.nan)
+            single[rows, m] = np.where(present & present[:, m : m + 1], psnr(real, rebuilt), np.nan)
             alone = labelled & present[:, m]
             overlap_single[rows, m] = np.where(alone, dice(encoded.masks[rows], mask), np.nan)
 
     def by_name(values: np.ndarray) -> dict[str, float]:
-        return {name: float(value) for name, value in zip(names, values, strict=True)}
+        return dict(zip(names, values.tolist(), strict=True))
 
-    full_mean = mean_over_subjects(full, encoded.subjects)
-    single_mean = mean_over_subjects(single, encoded.subjects)
-    # Costs are differences within the same slice, so a missing modality cannot tilt them.
-    exchange_cost = mean_over_subjects(full - swapped, encoded.subjects)
-    single_cost = mean_over_subjects(full[:, None, :] - single, encoded.subjects)
+    full_mean, single_mean = mean_over_subjects(full, subjects), mean_over_subjects(single, subjects)
+    # Costs are differences within the same slice, so that a missing modality does not change them.
+    exchange_cost = mean_over_subjects(full - swapped, subjects)
+    single_cost = mean_over_subjects(full[:, None, :] - single, subjects)
     others = np.where(np.eye(n, dtype=bool), np.nan, single_cost)
-    overlap_mean = float(mean_over_subjects(overlap, encoded.subjects))
+    mask_dice, mask_dice_single = mean_over_subjects(overlap, subjects), mean_over_subjects(overlap_single, subjects)
     return {
         "num_slices": count,
-        "num_subjects": len(set(encoded.subjects)),
+        "num_subjects": len(set(subjects)),
         "modalities": list(names),
         "psnr": {
             "all": by_name(full_mean),
-            "exchanged": by_name(mean_over_subjects(swapped, encoded.subjects)),
-            "another_subject": by_name(mean_over_subjects(floor, encoded.subjects)),
+            "exchanged": by_name(mean_over_subjects(swapped, subjects)),
+            "another_subject": by_name(mean_over_subjects(floor, subjects)),
             "single": {name: by_name(single_mean[m]) for m, name in enumerate(names)},
         },
         "psnr_mean": float(np.nanmean(full_mean)),
@@ -389,9 +364,7 @@ def evaluate_reconstruction(
         "single_cost": by_name(_nanmean(single_cost.T)),
         "single_cost_mean": float(_nanmean(single_cost.ravel())),
         "single_cost_mean_others": float(_nanmean(others.ravel())),
-        "mask_dice": None if np.isnan(overlap_mean) else overlap_mean,
-        "mask_dice_single": None
-        if np.isnan(overlap_mean)
-        else by_name(mean_over_subjects(overlap_single, encoded.subjects)),
+        "mask_dice": None if np.isnan(mask_dice) else float(mask_dice),
+        "mask_dice_single": None if np.isnan(mask_dice) else by_name(mask_dice_single),
         "spectrum": compare_spectra(np.concatenate(spectra["real"]), np.concatenate(spectra["rebuilt"]), list(names)),
     }

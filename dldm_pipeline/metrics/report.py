@@ -489,14 +489,14 @@ def alignment_section(sets: dict[str, dict], segmenter_dice: dict[str, float]) -
             rows = [[*row, None if isinstance(row[-1], str) else _mean(row[1:])] for row in rows]
         parts.append(Table([title, *columns], rows, meaning))
     rows = [
-        [titles.get(name, name), result["num_slices"], 100 * result["apart"], result["num_empty_masks"]]
+        [titles.get(name, name), result["num_slices"], 100 * result["misaligned"], result["num_empty_masks"]]
         for name, result in sets.items()
     ]
     meaning = (
         "Pairs of modalities whose edges fit no better than the 95th percentile of shuffled subjects, so might as well be of "
         "two subjects, and masks without tumour."
     )
-    parts.append(Table(["", "slices", "apart, % of pairs", "empty masks"], rows, meaning))
+    parts.append(Table(["", "slices", "misaligned, % of pairs", "empty masks"], rows, meaning))
     return Section("Alignment", parts)
 
 

@@ -13,12 +13,10 @@ from dldm_pipeline.metrics.alignment import (
     edge_map,
     enhancement_ratio,
     evaluate_alignment,
-    make_segmenter,
     normalized_mutual_information,
-    predict_masks,
-    train_segmenter,
     vessel_contrast,
 )
+from dldm_pipeline.metrics.segmenter import make_segmenter, predict_masks, train_segmenter
 
 NAMES = ["T1", "FLAIR", "WB", "BB"]
 
@@ -147,7 +145,7 @@ def test_vessels_of_known_intensities():
 def test_simulated_subjects_are_aligned_and_shuffled_ones_are_not(real):
     for pair, value in real["edge_correlation"].items():
         assert value > 0.5 > 0.3 > real["edge_correlation_shuffled"][pair]
-    assert real["apart"] == 0
+    assert real["misaligned"] == 0
     assert min(real["enhancement"].values()) > 1.5
     assert max(real["enhancement_shuffled"].values()) < 1.3
     assert real["vessels"]["WB"] > 1.5 > 0.4 > real["vessels"]["BB"]
@@ -171,7 +169,7 @@ def test_one_modality_of_another_subject_is_noticed(subjects, segmenters, real):
     # The pairs without BB stay as they were, but for the brain region, which is found from all modalities.
     assert mixed["edge_correlation_change"]["T1-FLAIR"] == pytest.approx(0, abs=0.02)
     assert mixed["edge_correlation_change"]["WB-BB"] < -0.5
-    assert mixed["apart"] == pytest.approx(0.5, abs=0.1)  # three of the six pairs
+    assert mixed["misaligned"] == pytest.approx(0.5, abs=0.1)  # three of the six pairs
     assert mixed["enhancement_change"]["BB"] < -0.3 and mixed["enhancement_change"]["WB"] == pytest.approx(0, abs=0.02)
 
 
@@ -180,7 +178,7 @@ def test_one_wrong_subject_shows_in_apart_although_the_means_hide_it(subjects, r
     images[0, 3] = images[1, 3]
     mixed = evaluate_alignment(images, masks, NAMES, reference=real, progress=False)
     assert mixed["edge_correlation_change_worst"] > -0.15
-    assert mixed["apart"] > 0
+    assert mixed["misaligned"] > 0
 
 
 def test_missing_modalities_masks_and_other_names(subjects):

@@ -14,7 +14,6 @@ from dldm_pipeline.metrics.reconstruction import (
     encode_subjects,
     evaluate_reconstruction,
     exchange_partners,
-    largest_deviation,
     mean_over_subjects,
     psnr,
     radial_power_spectrum,
@@ -114,7 +113,6 @@ def test_opposite_errors_cancel_in_the_mean_ratio_but_not_in_the_worst():
     result = compare_spectra(real, other, NAMES[:2])
     assert result["largest_deviation_worst"] == pytest.approx(0.3)
     assert result["largest_deviation_mean_ratio"] == pytest.approx(0.0)
-    assert largest_deviation(np.array([1.0, 0.6, 1.2])) == pytest.approx(0.4)
 
 
 def test_a_subject_with_many_slices_counts_once():

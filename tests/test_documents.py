@@ -154,6 +154,19 @@ def test_page(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None
             run_script(code, monkeypatch)
 
 
+def test_the_tree_names_every_module() -> None:
+    tree = next(
+        block
+        for block in re.findall(r"^```\n(.*?)^```", PAGES[0].read_text(), re.M | re.S)
+        if "dldm_pipeline/" in block
+    )
+    words = set(re.findall(r"[a-z_0-9]+", tree))
+    folders = ("dldm_pipeline", "dldm_pipeline/data", "dldm_pipeline/metrics", "training", "examples", "benchmarks")
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]
+    assert len(files) > 30 and not {path.stem for path in files} - words
+    assert not {word for word in re.findall(r"\b(\w+)\.py", tree)} - {path.stem for path in files}
+
+
 def test_site(tmp_path: Path) -> None:
     """README's command, without a warning; it executes the tutorial."""
     command = next(code for _, code in commands(ROOT / "README.md") if code.startswith("sphinx-build "))

@@ -155,11 +155,8 @@ def test_page(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_tree_names_every_module() -> None:
-    tree = next(
-        block
-        for block in re.findall(r"^```\n(.*?)^```", PAGES[0].read_text(), re.M | re.S)
-        if "dldm_pipeline/" in block
-    )
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGES[0].read_text(encoding="utf-8"), re.M | re.S)
+    tree = next(text for language, text in blocks if not language and text.startswith("dldm_pipeline/"))
     words = set(re.findall(r"[a-z_0-9]+", tree))
     folders = ("dldm_pipeline", "dldm_pipeline/data", "dldm_pipeline/metrics", "training", "examples", "benchmarks")
     files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]

@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 extras = {
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.5",
         "hypothesis>=6.100",
         "tensorboard>=2.16",
         "ruff>=0.6",

@@ -1,6 +1,7 @@
 """Small models with fixed random weights, shared by all test files."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
 from dldm_pipeline.pipeline_dldm import DLDMPipeline
+
+# Tests run in several processes; tiny models gain nothing from more threads.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the scripts that tests start
 
 
 def make_autoencoder(modalities: tuple[str, ...] = ("T1", "T2", "WB"), seed: int = 0) -> DisentangledAutoencoder:

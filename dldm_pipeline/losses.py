@@ -175,7 +175,7 @@ def reconstruction_terms(
 def patch_artefacts(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """How unlike the pixel positions within a decoder's patches are in [`fine_detail`], a scalar near zero without artefacts.
 
-    For each of the `patch_size`² positions, the log power of the detail and its mean (in units of its standard deviation)
+    For each of the `patch_size ** 2` positions, the log power of the detail and its mean (in units of its standard deviation)
     over all images of a modality are compared with the other positions. No power spectrum shows such a pattern, because it
     sums over positions.
 

@@ -22,10 +22,9 @@ def load_atlas() -> tuple[np.ndarray, np.ndarray]:
     """Sharpened atlas, computed once per process (about 4 s).
 
     Returns:
-        maps: (X, Y, Z, 4) float32 at 1 mm: fluid and white matter, both as signed evidence (positive inside, about one
-            unit at 1 mm from the border); depth below the brain's surface in mm (negative outside); distance from the
-            lateral ventricles in mm.
-        origin: (3,) MNI coordinates in mm of voxel (0, 0, 0).
+        Maps (X, Y, Z, 4) float32 at 1 mm: fluid and white matter, both as signed evidence (positive inside, about one unit
+        at 1 mm from the border); depth below the brain's surface in mm (negative outside); distance from the lateral
+        ventricles in mm. And the MNI coordinates (3,) in mm of voxel (0, 0, 0).
     """
     from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template  # slow import
 

@@ -290,7 +290,7 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
 
         A new structure is one half of a pair under label 0. With `start`, given pairs are noised and denoised under their
         own labels, as in image-to-image pipelines: only the last `strength * num_inference_steps` steps are run, and the
-        noise is that of the first of them.
+        noise is that of the first of them. (LMS and PNDM schedulers start wrongly there, in diffusers' own pipelines too.)
 
         Args:
             num_subjects: S.

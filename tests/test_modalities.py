@@ -6,66 +6,45 @@ from hypothesis import strategies as st
 
 from dldm_pipeline.modalities import CANONICAL_MODALITIES, DEFAULT_MODALITIES, MASK, check_modalities, find_modality
 
+NAMES = {
+    "T1": (
+        "BraTS2021_01476_t1.nii.gz BraTS-GLI-00000-000-t1n.nii.gz TCGA-DU-7294_t1_bet.nii.gz sub-01_T1w.nii.gz "
+        "T1_N4_noneck_reduced_winsor_regtoFLAIR_brain_N4_regtoMNI.nii.gz t1_pre_contrast.nii.gz T1_to_FLAIR.nii.gz "
+        "lesion_07_t1.nii.gz"
+    ).split(),
+    "T1CE": (
+        "BraTS2021_01476_t1ce.nii.gz BraTS-GLI-00000-000-t1c.nii.gz t1c.nii.gz TCGA-DU-7294_t1c_bet.nii.gz "
+        "T1POST_N4_noneck_reduced_winsor_regtoFLAIR_brain_N4_regtoMNI.nii.gz sub-01_ses-02_ce-gadolinium_T1w.nii.gz "
+        "T1+C.nii"
+    ).split()
+    + ["AX T1 POST GD"],
+    "T2": (
+        "BraTS2021_01476_t2.nii.gz BraTS-GLI-00000-000-t2w.nii.gz sub-01_T2w.nii sub-t1_T2w.nii.gz "
+        "T2_N4_noneck_reduced_winsor_regtoFLAIR_brain_N4_regtoMNI.nii.gz /data/t1/flair/T2.nii.gz"
+    ).split(),
+    "FLAIR": (
+        "BraTS2021_01476_flair.nii.gz BraTS-GLI-00000-000-t2f.nii.gz TCGA-DU-7294_fla_bet.nii.gz sub-01_FLAIR.nii.gz "
+        "FLAIR_N4_noneck_reduced_winsor_regtoFLAIR_brain_N4_regtoMNI.nii.gz sub-01_space-T1w_FLAIR.nii.gz "
+        "t2_tirm_tra_dark-fluid"
+    ).split()
+    + ["Ax T2 FLAIR"],
+    "WB": ["WB.nii"],
+    "BB": ["case7_black-blood.nii.gz", "T1_BB.nii.gz"],
+    MASK: (
+        "BraTS2021_01476_seg.nii.gz TCGA-DU-7294_fusion_mav.nii.gz TCGA-02-0001_GlistrBoost.nii.gz t1_lesion.nii.gz "
+        "GOLD_STANDARD_N4_noneck_reduced_winsor_regtoFLAIR_regtoMNI.nii.gz sub-01_label-lesion_mask.nii.gz tumor.nii.gz"
+    ).split(),
+    None: (
+        "sub-01_space-T1w_desc-brain_mask.nii.gz sub-01_dseg.nii.gz dwi.nii.gz T1_brainmask.nii.gz outfit1.nii.gz"
+    ).split()
+    + [""],
+}
 
-@pytest.mark.parametrize(
-    ("filename", "expected"),
-    [
-        # BraTS 2018-2021, 2023 and later
-        ("BraTS2021_01476_t1.nii.gz", "T1"),
-        ("BraTS2021_01476_t1ce.nii.gz", "T1CE"),
-        ("BraTS2021_01476_t2.nii.gz", "T2"),
-        ("BraTS2021_01476_flair.nii.gz", "FLAIR"),
-        ("BraTS2021_01476_seg.nii.gz", MASK),
-        ("BraTS-GLI-00000-000-t1n.nii.gz", "T1"),
-        ("BraTS-GLI-00000-000-t1c.nii.gz", "T1CE"),
-        ("BraTS-GLI-00000-000-t2w.nii.gz", "T2"),
-        ("BraTS-GLI-00000-000-t2f.nii.gz", "FLAIR"),
-        ("t1c.nii.gz", "T1CE"),
-        # TCGA
-        ("TCGA-DU-7294_fla_bet.nii.gz", "FLAIR"),
-        ("TCGA-DU-7294_t1_bet.nii.gz", "T1"),
-        ("TCGA-DU-7294_t1c_bet.nii.gz", "T1CE"),
-        ("TCGA-DU-7294_fusion_mav.nii.gz", MASK),
-        ("TCGA-02-0001_GlistrBoost.nii.gz", MASK),
-        # multiple sclerosis set: every file was registered to FLAIR
-        ("T1_N4_noneck_reduced_winsor_regtoFLAIR_brain_N4_regtoMNI.nii.gz", "T1"),
-        ("T1POST_N4_noneck_reduced_winsor_regtoFLAIR_brain_N4_regtoMNI.nii.gz", "T1CE"),
-        ("T2_N4_noneck_reduced_winsor_regtoFLAIR_brain_N4_regtoMNI.nii.gz", "T2"),
-        ("FLAIR_N4_noneck_reduced_winsor_regtoFLAIR_brain_N4_regtoMNI.nii.gz", "FLAIR"),
-        ("GOLD_STANDARD_N4_noneck_reduced_winsor_regtoFLAIR_regtoMNI.nii.gz", MASK),
-        # BIDS
-        ("sub-01_T1w.nii.gz", "T1"),
-        ("sub-01_ses-02_ce-gadolinium_T1w.nii.gz", "T1CE"),
-        ("sub-01_T2w.nii", "T2"),
-        ("sub-01_FLAIR.nii.gz", "FLAIR"),
-        ("sub-t1_T2w.nii.gz", "T2"),
-        ("sub-01_space-T1w_FLAIR.nii.gz", "FLAIR"),
-        ("sub-01_label-lesion_mask.nii.gz", MASK),
-        ("sub-01_space-T1w_desc-brain_mask.nii.gz", None),
-        ("sub-01_dseg.nii.gz", None),
-        # plain names and DICOM series descriptions
-        ("WB.nii", "WB"),
-        ("case7_black-blood.nii.gz", "BB"),
-        ("T1_BB.nii.gz", "BB"),
-        ("AX T1 POST GD", "T1CE"),
-        ("t1_pre_contrast.nii.gz", "T1"),
-        ("T1+C.nii", "T1CE"),
-        ("Ax T2 FLAIR", "FLAIR"),
-        ("t2_tirm_tra_dark-fluid", "FLAIR"),
-        ("T1_to_FLAIR.nii.gz", "T1"),
-        ("lesion_07_t1.nii.gz", "T1"),
-        ("t1_lesion.nii.gz", MASK),
-        ("tumor.nii.gz", MASK),
-        ("/data/t1/flair/T2.nii.gz", "T2"),
-        # nothing known
-        ("dwi.nii.gz", None),
-        ("T1_brainmask.nii.gz", None),
-        ("outfit1.nii.gz", None),
-        ("", None),
-    ],
-)
-def test_find_modality(filename: str, expected: str | None) -> None:
-    assert find_modality(filename) == expected
+
+@pytest.mark.parametrize("modality", NAMES)
+def test_find_modality(modality: str | None) -> None:
+    """In names of BraTS, TCGA, BIDS, a multiple sclerosis set registered to FLAIR, and DICOM series descriptions."""
+    assert {name: find_modality(name) for name in NAMES[modality]} == dict.fromkeys(NAMES[modality], modality)
 
 
 @given(st.text())

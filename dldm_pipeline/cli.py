@@ -33,27 +33,25 @@ def exit_on_user_error() -> Iterator[None]:
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--pipeline` and `--device`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--pipeline",
-        help="pipeline folder, or its name on the Hub (default: the one in the package, for simulated contrasts)",
+        "--pipeline", help="folder, or name on the Hub (default: the package's, for simulated contrasts)"
     )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    parser.add_argument("--device", default=device, help="(default: %(default)s)")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """Add what generating and translating share: the pipeline, the sampler's options, and `--output` (default: `output`)."""
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (default: %(default)s)")
-    parser.add_argument(
-        "--num_inference_steps", type=int, default=10, help="denoising steps; more are slower (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="above 1: guidance, in twice the time (default: %(default)s)"
-    )
-    add_pipeline_arguments(parser)
-    parser.add_argument("--output", type=Path, default=Path(output), help="folder to create (default: %(default)s)")
+
+    def add(name: str, default: Any, help: str) -> None:
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} (default: %(default)s)")
+
+    add("seed", 0, "another seed gives other images")
+    add("num_inference_steps", 10, "denoising steps; more are slower")
+    add("guidance_scale", 1.0, "above 1: guidance, in twice the time")
+    add("output", Path(output), "folder to create")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this script")
+    add_pipeline_arguments(parser)
 
 
 def find_pipeline(name: str | None) -> Path:
@@ -75,22 +73,9 @@ def find_pipeline(name: str | None) -> Path:
 def save_subjects(
     output: DLDMPipelineOutput, args: argparse.Namespace, checkpoint: Path, settings: dict[str, Any], **options: Any
 ) -> None:
-    """Export to `--output` what a pipeline returned.
+    """Export an output ("np") of the pipeline in `checkpoint` to `--output`; the manifest gets `settings` and the device.
 
-    Args:
-        output (`DLDMPipelineOutput`): From a call with `output_type="np"`.
-        args (`argparse.Namespace`): With the options of [`add_sampling_arguments`].
-        checkpoint (`Path`): Folder of the pipeline.
-        settings (`dict`): Other arguments of the call, for the manifest.
-        options: Further arguments of `export_subjects`.
+    `args` has the options of [`add_sampling_arguments`]; `options` are further arguments of `export_subjects`.
     """
     settings = {**settings, "device": args.device, "num_threads": torch.get_num_threads()}
-    export_subjects(
-        output,
-        args.output,
-        seed=args.seed,
-        settings=settings,
-        checkpoint=checkpoint,
-        overwrite=args.overwrite,
-        **options,
-    )
+    export_subjects(output, args.output, args.seed, settings, checkpoint, overwrite=args.overwrite, **options)

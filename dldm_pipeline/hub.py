@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,7 @@ CARD_TEMPLATE = """\
 # {{ title }}
 
 {{ description }}
-{% if widget %}
-<Gallery />
-{% endif %}
-{%- for caption, name in images.items() %}
+{% for caption, name in images.items() %}
 ![{{ caption }}]({{ name }})
 
 *{{ caption }}*
@@ -69,53 +65,41 @@ def write_model_card(
     tags: Sequence[str] = (),
     training_data: str | None = None,
     sections: dict[str, str] | None = None,
-    widget: dict[str, str] | None = None,
     license: str = "apache-2.0",
 ) -> Path:
-    """Write `README.md`, the model card of a folder, with intended use and limits.
+    """Write `README.md`, the model card of a folder, with intended use and limits, and return its path.
 
     Figures and training settings are written as tables, and into the card's metadata, where programs find them:
     `ModelCard.load(path).data.eval_results`, and [`read_card_data`].
 
     Args:
-        folder (`str` or `os.PathLike`): The model's folder.
-        title (`str`): First heading.
-        description (`str`): What the model is, in Markdown.
-        figures (`dict`): Measured on held-out subjects: name to value; those that are `None` are left out.
-        training (`dict`): Arguments and other facts of the training: name to value; those that are `None` are left out.
-        images (`dict[str, str]`, *optional*): Caption to file name inside `folder`.
-        tags (`Sequence[str]`, *optional*): Added to the common ones.
-        training_data (`str`, *optional*): What the model was trained on, in Markdown.
-        sections (`dict[str, str]`, *optional*): Heading to Markdown, after the tables.
-        widget (`dict[str, str]`, *optional*): Caption to file name inside `folder`: pictures that the Hub shows beside
-            the model.
-        license (`str`, *optional*, defaults to `"apache-2.0"`): The Hub's name of the licence.
-
-    Returns:
-        `Path`: The file.
+        folder: The model's folder.
+        title: First heading.
+        description: What the model is, in Markdown.
+        figures: Measured on held-out subjects: name to value; those that are `None` are left out.
+        training: Arguments and other facts of the training: name to value; those that are `None` are left out.
+        images: Caption to file name inside `folder`; the Hub also shows them beside the card.
+        tags: Added to the common ones.
+        training_data: What the model was trained on, in Markdown.
+        sections: Heading to Markdown, after the tables.
+        license: The Hub's name of the licence.
     """
     figures, training = (
         {name: _plain(value) for name, value in rows.items() if value is not None} for rows in (figures, training)
     )
-    sections = ({"Training data": training_data} if training_data else {}) | (sections or {})
+    images = images or {}
+    task = {"task_type": "unconditional-image-generation", "dataset_type": "held-out-subjects"}
+    results = [
+        EvalResult(**task, dataset_name="held-out subjects", metric_type=name, metric_name=name, metric_value=value)
+        for name, value in figures.items()
+    ]
     data = ModelCardData(
         license=license,
         library_name="diffusers",
         tags=["medical", "mri", "brain", "synthetic-data", *tags],
-        widget=[{"text": text, "output": {"url": url}} for text, url in (widget or {}).items()] or None,
+        widget=[{"text": caption, "output": {"url": name}} for caption, name in images.items()] or None,
         model_name=title,
-        eval_results=[
-            EvalResult(
-                task_type="unconditional-image-generation",
-                dataset_type="held-out-subjects",
-                dataset_name="held-out subjects",
-                metric_type=name,
-                metric_name=name,
-                metric_value=value,
-            )
-            for name, value in figures.items()
-        ]
-        or None,
+        eval_results=results or None,
         training_data=training_data,
         training=training or None,
     )
@@ -123,11 +107,10 @@ def write_model_card(
         data,
         template_str=CARD_TEMPLATE,
         title=title,
-        description=description.strip(),
-        images=images or {},
+        description=description,
+        images=images,
         tables=[("Figures on held-out subjects", "figure", figures), ("Training", "setting", training)],
-        sections=sections,
-        widget=widget,
+        sections=({"Training data": training_data} if training_data else {}) | (sections or {}),
         show=_show,
     )
     path = Path(folder) / "README.md"
@@ -136,11 +119,7 @@ def write_model_card(
 
 
 def read_card_data(folder: str | os.PathLike) -> CardData:
-    """Read the metadata of a folder's model card, without entries if it has none.
-
-    Returns:
-        `CardData`: Beside the Hub's own entries, from [`write_model_card`]: `training_data` (`str`) and `training`
-            (`dict`).
+    """The metadata of a folder's model card: empty without one; [`write_model_card`] adds `training_data`, `training`.
 
     Raises:
         ValueError: If the YAML at the top of `README.md` is broken.
@@ -151,9 +130,7 @@ def read_card_data(folder: str | os.PathLike) -> CardData:
     try:
         return ModelCard.load(path, ignore_metadata_errors=True).data
     except (ValueError, YAMLError) as error:
-        raise ValueError(
-            f"{path}: the YAML at its top cannot be read ({error}); correct it, or delete the file."
-        ) from error
+        raise ValueError(f"{path}: its YAML cannot be read ({error}); correct it, or delete the file.") from error
 
 
 def _plain(value: Any) -> bool | int | float | str:
@@ -173,9 +150,8 @@ def write_pretrained(save: Callable[[Path], Any], folder: str | os.PathLike) -> 
         write_pretrained(pipeline.save_pretrained, "outputs/mine")
 
     Args:
-        save (`Callable`): Writes a `save_pretrained` folder; called with a temporary folder.
-        folder (`str` or `os.PathLike`): The final place, made if it is missing. Other files there (checkpoints, logs)
-            stay.
+        save: Writes a `save_pretrained` folder; called with a temporary folder.
+        folder: The final place, made if it is missing. Other files there (checkpoints, logs) stay.
 
     Raises:
         OSError: If `folder` cannot be written or the disk is full; an earlier model in `folder` is then unchanged.
@@ -206,55 +182,44 @@ def push_folder(
     revision: str | None = None,
     private: bool = False,
     token: str | None = None,
-    commit_message: str = "Upload",
 ) -> str:
-    """Upload a folder to the Hub in one commit: if it fails, the repository stays as it was.
+    """Upload a folder to the Hub in one commit, and return the commit's address. If it fails, no file there has changed.
 
     The repository and the branch are created if they do not exist. Weights and data shards that are in the repository but
     not in `folder` are deleted in the same commit, because a reader would take them for part of the new ones.
 
     Args:
-        folder (`str` or `os.PathLike`): Folder to upload, without what `PRIVATE_NAMES` lists.
-        repo_id (`str`): "owner/name", or "name" for your own.
-        repo_type (`str`, *optional*, defaults to `"model"`): `"model"` or `"dataset"`.
-        revision (`str`, *optional*): Branch, by default "main".
-        private (`bool`, *optional*, defaults to `False`): Create a private repository.
-        token (`str`, *optional*): With write access; by default the one you logged in with.
-        commit_message (`str`, *optional*): Message of the commit.
-
-    Returns:
-        `str`: The address of the commit.
+        folder: Folder to upload, without what `PRIVATE_NAMES` lists.
+        repo_id: "owner/name", or "name" for your own.
+        repo_type: `"model"` or `"dataset"`.
+        revision: Branch, by default "main".
+        private: Create a private repository.
+        token: With write access; by default the one you logged in with.
 
     Raises:
         ValueError: If `private` is asked for and the repository exists and is public.
         OSError: If the upload failed.
     """
-    api, made_branch = HfApi(token=token), False
+    api = HfApi(token=token)
     try:
         # Private from the start, or not at all: what was public for a moment may have been copied.
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True).repo_id
         if private and not api.repo_info(repo_id, repo_type=repo_type).private:
             raise ValueError(f"{repo_id} exists and is public; make it private on the Hub, or name another repository.")
-        branches = [branch.name for branch in api.list_repo_refs(repo_id, repo_type=repo_type).branches]
-        if revision is not None and revision not in branches:
-            api.create_branch(repo_id, branch=revision, repo_type=repo_type)
-            made_branch = True
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             repo_type=repo_type,
             revision=revision,
             folder_path=folder,
-            commit_message=commit_message,
+            commit_message=f"Upload {repo_type}",
             ignore_patterns=[pattern for name in PRIVATE_NAMES for pattern in (name, f"{name}/*")],
             delete_patterns=["*.safetensors*", "*.parquet", "*.bin", "*.pt", "*.ckpt", "*.pkl"],
         )
-    except BaseException as error:
-        if made_branch:
-            with suppress(Exception):
-                api.delete_branch(repo_id, branch=revision, repo_type=repo_type)
-        if isinstance(error, ValueError) or not isinstance(error, Exception):
-            raise
-        # Any error of the network's or the Hub's, which have no class in common.
+    except ValueError:
+        raise
+    except Exception as error:  # the errors of the network and of the Hub have no class in common
         raise OSError(
             f"uploading {folder} to {repo_id} failed: {error}; check the connection and your token, and run it again."
         ) from error

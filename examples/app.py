@@ -48,23 +48,14 @@ NIFTI, IMAGES = (".nii", ".nii.gz"), (".png", ".jpg", ".jpeg")
 
 @dataclass
 class Result:
-    """The subjects that one visitor sees, and what their files will say about them.
+    """The subjects that one visitor sees, and what their files will say about them."""
 
-    Args:
-        output: from a call with `output_type="np"`.
-        names: one per subject.
-        settings: one per subject: the arguments of the call, with "seed".
-        notice: of the files.
-        given: the uploaded images of the one subject, (H, W) in [0, 1] by modality.
-        pixel_spacing: in mm, if it is known.
-    """
-
-    output: DLDMPipelineOutput
-    names: list[str]
-    settings: list[dict[str, Any]]
+    output: DLDMPipelineOutput  # from a call with `output_type="np"`
+    names: list[str]  # one per subject
+    settings: list[dict[str, Any]]  # one per subject: the arguments of the call, with "seed"
     notice: str = NOTICE
-    given: dict[str, np.ndarray] = field(default_factory=dict)
-    pixel_spacing: tuple[float, float] | None = None
+    given: dict[str, np.ndarray] = field(default_factory=dict)  # uploaded images of the one subject, (H, W) in [0, 1]
+    pixel_spacing: tuple[float, float] | None = None  # in mm, if it is known
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -81,7 +72,6 @@ def generate(
     chosen: int = 0,
 ) -> Result:
     """Subjects of the seeds `seed`, `seed + 1`, ...; with the anatomy or the appearance of subject `chosen` of `before`."""
-    seeds = range(seed, seed + num_subjects)
     kept, name, notice = {}, "seed", NOTICE
     if keep == KEEP_ANATOMY:
         # An uploaded anatomy is a patient's in any appearance.
@@ -89,27 +79,22 @@ def generate(
     elif keep == KEEP_APPEARANCE:
         # After filling in, only the filled-in sequences have styles.
         kept, name = {"styles": before.output.styles[chosen, None], "modalities": before.output.modalities}, "anatomy"
-    output = pipeline(
-        num_subjects=num_subjects,
-        num_inference_steps=num_inference_steps,
-        generator=[seeded(each) for each in seeds],
-        output_type="np",
-        **kept,
-    )
-    settings = {"num_inference_steps": num_inference_steps, "kept": keep}
+    seeds, settings = range(seed, seed + num_subjects), {"num_inference_steps": num_inference_steps}
+    generators = [seeded(each) for each in seeds]
+    output = pipeline(num_subjects, generator=generators, output_type="np", **settings, **kept)
+    settings["kept"] = keep
     if kept:
         settings["kept_from"] = before.names[chosen]
     return Result(output, [f"{name} {each}" for each in seeds], [{"seed": each, **settings} for each in seeds], notice)
 
 
 def blend_structures(pipeline: DLDMPipeline, pair: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` structures from the first of a pair (2, c_s, h, w) to the second: (count, c_s, h, w), in the pair's own scale.
+    """`count` structures from the first of a pair (2, c_s, h, w) to the second: (count, c_s, h, w), in the pair's scale.
 
     Spherical interpolation (Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985) in the denoiser's scale,
     where each channel has mean 0 and variance 1 over the training subjects.
     """
-    # In that scale subjects lie near a sphere of radius sqrt(number of latents). Points on the straight line lie inside the
-    # sphere, half-way up to a factor sqrt(2) too near its centre, and decode to flat, faded anatomy.
+    # There subjects lie near a sphere. Points on the straight line lie inside it and decode to flat, faded anatomy.
     first, second = pipeline.autoencoder.normalize_structure(pair)
     cosine = F.cosine_similarity(first.flatten(), second.flatten(), dim=0)
     angle = torch.arccos(cosine.clamp(-1, 1)).clamp(min=1e-3)  # it is zero between a structure and itself
@@ -143,23 +128,20 @@ def fill_in(pipeline: DLDMTranslationPipeline, files: dict[str, str], seed: int,
     if not 0 < len(files) < len(config.modalities):
         names = ", ".join(config.modalities)
         raise gr.Error(f"Give at least one of {names}, and leave out at least one, which will be filled in.")
-    row = read_slice({name: Path(path) for name, path in files.items()}, config, height)
+    row = read_slice(files, config, height)
     given = {name: row[name] for name in files}
     output = pipeline(given, generator=seeded(seed), output_type="np")
     settings = {"seed": seed, "given": list(given), "slice_index": row["slice_index"]}
     return Result(output, [f"seed {seed}"], [settings], TRANSLATION_NOTICE, given, row["pixel_spacing"])
 
 
-def read_slice(files: dict[str, Path], config: Any, height: float) -> dict[str, Any]:
-    """The row of `read_scan` at `height` per cent of those that show the brain; an image is a volume of one slice.
-
-    Raises:
-        gr.Error: on a file that is broken, too large, of another kind, or does not fit the others.
-    """
-    if len({path.name.lower().endswith(NIFTI) for path in files.values()}) > 1:
+def read_slice(files: dict[str, str], config: Any, height: float) -> dict[str, Any]:
+    """The row of `read_scan` at `height` per cent of those that show the brain; an image is a volume of one slice."""
+    paths = {name: Path(file) for name, file in files.items()}
+    if len({is_nifti(path) for path in paths.values()}) > 1:
         raise gr.Error("Give either images or NIfTI volumes: an image has no place in a volume.")
     with tempfile.TemporaryDirectory() as folder:
-        volumes = {name: as_volume(path, Path(folder) / f"{name} {path.stem}.nii") for name, path in files.items()}
+        volumes = {name: as_volume(path, Path(folder) / f"{name} {path.stem}.nii") for name, path in paths.items()}
         try:
             rows, notes = read_scan(Scan("upload", "upload", volumes), config.modalities, config.sample_size)
         except ValueError as error:
@@ -168,25 +150,22 @@ def read_slice(files: dict[str, Path], config: Any, height: float) -> dict[str, 
     return rows[round(height / 100 * (len(rows) - 1))]
 
 
-def as_volume(path: Path, target: Path) -> Path:
-    """The path of a NIfTI file: `path` itself if it is one; an image is written as a NIfTI file to `target`.
+def is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith(NIFTI)
 
-    Raises:
-        gr.Error: on a file that is broken, too large, or of another kind.
-    """
-    is_nifti = path.name.lower().endswith(NIFTI)
-    if not is_nifti and not path.name.lower().endswith(IMAGES):
-        raise gr.Error(f"{path.name}: give a PNG, JPEG or NIfTI file ({', '.join((*IMAGES, *NIFTI))}).")
+
+def as_volume(path: Path, target: Path) -> Path:
+    """The path of a NIfTI file: `path` itself if it is one; an image is written as a NIfTI file to `target`."""
     try:
-        image = nib.load(path) if is_nifti else PIL.Image.open(path, formats=["PNG", "JPEG"])  # reads the header only
-        size = math.prod(image.shape if is_nifti else image.size)
-        if size <= MAX_VOXELS and not is_nifti:
+        image = nib.load(path) if is_nifti(path) else PIL.Image.open(path, formats=["PNG", "JPEG"])  # the header only
+        size = math.prod(image.shape if is_nifti(path) else image.size)
+        if size <= MAX_VOXELS and not is_nifti(path):
             grey = np.asarray(image if image.mode.startswith("I") else image.convert("L"), dtype=np.float32)
     except Exception as error:  # on broken files the decoders raise anything: SyntaxError, zlib.error, HeaderDataError
         raise gr.Error(f"{path.name} cannot be read: it is damaged, or not what its name says.") from error
     if size > MAX_VOXELS:
         raise gr.Error(f"{path.name} has {size:,} pixels; the limit is {MAX_VOXELS:,}.")
-    if is_nifti:
+    if is_nifti(path):
         return path
     # The layout of `export_subjects`. Images of different sizes are assumed to show the same field of view.
     volume, spacing = grey.T[::-1, ::-1, None], FIELD_OF_VIEW / max(grey.shape)
@@ -198,34 +177,24 @@ def as_volume(path: Path, target: Path) -> Path:
 
 def make_sheet(result: Result, outline: bool) -> PIL.Image.Image:
     """A row for each subject: given images, generated images, and the tumour's outline, in all images if `outline`."""
-    output = result.output
+    images = [[*result.given.values(), *generated] for generated in result.output.images]
+    columns = [f"{name} given" for name in result.given] + result.output.modalities
+    rows = [f"synthetic {name}" for name in result.names]
     with tempfile.TemporaryDirectory() as folder:
-        contact_sheet(
-            [[*result.given.values(), *images] for images in output.images],
-            output.masks,
-            [f"{name} given" for name in result.given] + output.modalities,
-            [f"synthetic {name}" for name in result.names],
-            Path(folder) / "sheet.png",
-            outline_all=outline,
-        )
-        return PIL.Image.open(Path(folder) / "sheet.png").copy()
+        path = Path(folder) / "sheet.png"
+        contact_sheet(images, result.output.masks, columns, rows, path, outline_all=outline)
+        return PIL.Image.open(path).copy()
 
 
 def pack(result: Result, chosen: int, checkpoint: Path) -> Iterator[str]:
     """Yield the path of a zip file of one subject, which exists until the iterator goes on."""
     arrays = {name: result.output[name][chosen, None] for name in ("images", "masks", "structure", "styles")}
+    output = DLDMPipelineOutput(**arrays, modalities=result.output.modalities)
     settings = dict(result.settings[chosen])
+    options = {"pixel_spacing": result.pixel_spacing, "notice": result.notice}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / f"synthetic {result.names[chosen]}".replace(" ", "-")
-        export_subjects(
-            DLDMPipelineOutput(**arrays, modalities=result.output.modalities),
-            folder,
-            seed=settings.pop("seed"),
-            settings=settings,
-            checkpoint=checkpoint,
-            pixel_spacing=result.pixel_spacing,
-            notice=result.notice,
-        )
+        export_subjects(output, folder, settings.pop("seed"), settings, checkpoint, **options)
         yield shutil.make_archive(str(folder), "zip", folder)  # Gradio copies the file before it goes on
 
 

@@ -24,18 +24,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_subjects", type=int, default=8, help="how many (default: %(default)s)")
     parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which, in which order (default: all)")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="nifti",
-        help="nifti: NIfTI and PNG; dicom: a study for each subject; dataset: for training scripts (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num_style_inference_steps",
-        type=int,
-        default=10,
-        help="denoising steps of each style; those of the structure are --num_inference_steps (default: %(default)s)",
-    )
+    formats = "nifti: NIfTI and PNG; dicom: a study for each subject; dataset: for training scripts"
+    parser.add_argument("--format", choices=FORMATS, default="nifti", help=f"{formats} (default: %(default)s)")
+    steps = "denoising steps of each style; those of the structure are --num_inference_steps (default: %(default)s)"
+    parser.add_argument("--num_style_inference_steps", type=int, default=10, help=steps)
     add_sampling_arguments(parser, "outputs/generated")
     return parser.parse_args(argv)
 
@@ -47,22 +39,13 @@ def main(argv: list[str] | None = None) -> None:
     check_export_folder(args.output, args.overwrite, args.format)
     folder = find_pipeline(args.pipeline)
     pipeline = DLDMPipeline.from_pretrained(folder).to(args.device)
-    settings = {
-        "num_inference_steps": args.num_inference_steps,
-        "num_style_inference_steps": args.num_style_inference_steps,
-        "guidance_scale": args.guidance_scale,
-    }
-    output = pipeline(
-        num_subjects=args.num_subjects,
-        modalities=args.modalities,
-        generator=torch.Generator().manual_seed(args.seed),
-        output_type="np",
-        **settings,
-    )
+    names = ("num_inference_steps", "num_style_inference_steps", "guidance_scale")
+    settings = {name: getattr(args, name) for name in names}
+    generator = torch.Generator().manual_seed(args.seed)
+    output = pipeline(args.num_subjects, args.modalities, generator=generator, output_type="np", **settings)
     save_subjects(output, args, folder, settings, format=args.format)
-    subjects, modalities = output.images.shape[:2]
     seconds = time.perf_counter() - started
-    print(f"{subjects} subjects x {modalities} modalities and masks in {seconds:.0f} s")
+    print(f"{args.num_subjects} subjects x {len(output.modalities)} modalities and masks in {seconds:.0f} s")
     print(f"look at {args.output / 'sheet.png'}")
 
 

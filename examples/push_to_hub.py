@@ -6,24 +6,22 @@
 
 Log in once with `hf auth login`. A pipeline gets a model card: four generated subjects, the figures that examples/evaluate.py
 measured, training data and settings, licence, limits, and how to load it with or without this package. A data set is uploaded
-as prepare_dataset.py wrote it, with its own card. The upload is one commit: if it fails, the repository stays as it was.
+as prepare_dataset.py wrote it, with its own card. The upload is one commit: if it fails, no file there has changed.
 What you push is public unless you add --private; check that you may share it.
 """
 
 import argparse
 import json
-import math
-import shutil
 import tempfile
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.hub import PRIVATE_NAMES, push_folder, read_card_data, write_model_card, write_pretrained
-from dldm_pipeline.pipeline_utils import add_modules
+from dldm_pipeline.hub import push_folder, read_card_data, write_model_card, write_pretrained
 
 NUM_PICTURES = 4
 
@@ -75,8 +73,9 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}"{revision}, trust_remote_cod
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", nargs="?", type=Path, metavar="FOLDER", help="pipeline that train_ldm.py wrote")
-    parser.add_argument("--dataset", type=Path, help="push this data set, written by prepare_dataset.py, instead")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("pipeline", nargs="?", type=Path, metavar="FOLDER", help="pipeline that train_ldm.py wrote")
+    what.add_argument("--dataset", type=Path, help="push this data set, written by prepare_dataset.py, instead")
     parser.add_argument("--repo_id", required=True, help="owner/name; created if it does not exist")
     parser.add_argument("--revision", help="branch, created if it does not exist (default: main)")
     parser.add_argument("--private", action="store_true", help="only you, or your organisation, can see it")
@@ -88,36 +87,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def stage_pipeline(args: argparse.Namespace, staged: Path) -> None:
-    """Write everything that is to be pushed to the folder `staged`."""
-    if not (args.pipeline / "model_index.json").is_file():
-        raise FileNotFoundError(f"{args.pipeline} holds no model_index.json; give a folder that train_ldm.py wrote.")
-    metrics = {} if args.metrics is None else read_metrics(args.metrics)
-    pipeline = DLDMPipeline.from_pretrained(args.pipeline)  # raises on what nobody could load
-    ignore = shutil.ignore_patterns(*PRIVATE_NAMES, "samples.png")  # half of samples.png are real scans
-    write_pretrained(lambda path: shutil.copytree(args.pipeline, path, ignore=ignore, dirs_exist_ok=True), staged)
-    add_modules(staged)
-    write_card(args, pipeline, metrics, save_pictures(pipeline, staged), staged)
-
-
-def read_metrics(path: Path) -> dict:
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--metrics {path} is not JSON ({error}); give the metrics.json of evaluate.py.") from error
-    if not isinstance(metrics, dict):
-        raise ValueError(f"--metrics {path} holds no figures by name; give the metrics.json of evaluate.py.")
-    return metrics
-
-
 def figure(metrics: dict, path: str) -> float | None:
     """The number at a dotted path, or the mean of the numbers there; None if there is none."""
     value = metrics
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     values = value.values() if isinstance(value, dict) else [value]
-    numbers = [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
-    return sum(numbers) / len(numbers) if numbers else None
+    numbers = [number for number in values if isinstance(number, (int, float))]
+    return fmean(numbers) if numbers else None
 
 
 def save_pictures(pipeline: DLDMPipeline, folder: Path) -> dict[str, str]:
@@ -131,32 +108,6 @@ def save_pictures(pipeline: DLDMPipeline, folder: Path) -> dict[str, str]:
         contact_sheet(images, masks, output.modalities, ["synthetic"], folder / name)
         pictures[f"synthetic subject: {', '.join(output.modalities)}, tumour outlined (seed {seed})"] = name
     return pictures
-
-
-def write_card(
-    args: argparse.Namespace, pipeline: DLDMPipeline, metrics: dict, pictures: dict[str, str], folder: Path
-) -> None:
-    """Replace the training script's model card in `folder`; training data and settings are taken over from it."""
-    config, notes = pipeline.autoencoder.config, read_card_data(folder)
-    loading = LOADING.format(
-        repo_id=args.repo_id,
-        revision=f', revision="{args.revision}"' if args.revision else "",
-        modality=config.modalities[0],
-    )
-    write_model_card(
-        folder,
-        args.repo_id.split("/")[-1],
-        f"A `DLDMPipeline` that generates aligned {config.sample_size}x{config.sample_size} brain slices of one synthetic "
-        f"subject in {', '.join(config.modalities)} with the tumour mask, after Na et al., "
-        '"Generation of Multi-modal Brain Tumor MRIs with Disentangled Latent Diffusion Model" (MIDL 2023).',
-        {name: figure(metrics, path) for name, path in FIGURES.items()},
-        notes.get("training", {}),
-        tags=["diffusers", "DLDMPipeline", "brain-tumor"],
-        training_data=args.training_data or notes.get("training_data", "Not stated by the uploader."),
-        sections={"Load it": loading, "Memorisation": memorization_text(metrics), "Licence": args.license},
-        widget=pictures,
-        license=args.license,
-    )
 
 
 def memorization_text(metrics: dict) -> str:
@@ -173,22 +124,52 @@ def memorization_text(metrics: dict) -> str:
     )
 
 
+def stage_pipeline(args: argparse.Namespace, folder: Path) -> None:
+    """Write to `folder` what is pushed: the model itself, pictures, and a card with the training script's notes."""
+    if not (args.pipeline / "model_index.json").is_file():
+        raise FileNotFoundError(f"{args.pipeline} holds no model_index.json; give a folder that train_ldm.py wrote.")
+    try:
+        metrics = json.loads(args.metrics.read_text(encoding="utf-8")) if args.metrics else {}
+    except ValueError as error:
+        raise ValueError(f"--metrics {args.metrics} is not JSON ({error}); give that of evaluate.py.") from error
+    pipeline, notes = DLDMPipeline.from_pretrained(args.pipeline), read_card_data(args.pipeline)
+    write_pretrained(pipeline.save_pretrained, folder)
+    config = pipeline.autoencoder.config
+    loading = LOADING.format(
+        repo_id=args.repo_id,
+        revision=f', revision="{args.revision}"' if args.revision else "",
+        modality=config.modalities[0],
+    )
+    write_model_card(
+        folder,
+        args.repo_id.split("/")[-1],
+        f"A `DLDMPipeline` that generates aligned {config.sample_size}x{config.sample_size} brain slices of one synthetic "
+        f"subject in {', '.join(config.modalities)} with the tumour mask, after Na et al., "
+        '"Generation of Multi-modal Brain Tumor MRIs with Disentangled Latent Diffusion Model" (MIDL 2023).',
+        {name: figure(metrics, path) for name, path in FIGURES.items()},
+        notes.get("training", {}),
+        save_pictures(pipeline, folder),
+        tags=["diffusers", "DLDMPipeline", "brain-tumor"],
+        training_data=args.training_data or notes.get("training_data", "Not stated by the uploader."),
+        sections={"Load it": loading, "Memorisation": memorization_text(metrics), "Licence": args.license},
+        license=args.license,
+    )
+
+
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if (args.pipeline is None) == (args.dataset is None):
-        raise ValueError("give either the FOLDER of a pipeline or --dataset DATA.")
     if args.repo_id.count("/") != 1:
         raise ValueError(f"--repo_id {args.repo_id}: give owner/name.")
     options = {"revision": args.revision, "private": args.private, "token": args.token}
     if args.dataset is not None:
         if not list(args.dataset.glob("data/train-*.parquet")):
             raise FileNotFoundError(f"--dataset {args.dataset} holds no data/train-*.parquet; see prepare_dataset.py.")
-        print(push_folder(args.dataset, args.repo_id, "dataset", commit_message="Upload data set", **options))
+        print(push_folder(args.dataset, args.repo_id, "dataset", **options))
     else:
-        with tempfile.TemporaryDirectory() as staged:
-            stage_pipeline(args, Path(staged))
-            print(push_folder(staged, args.repo_id, commit_message="Upload DLDMPipeline", **options))
+        with tempfile.TemporaryDirectory() as folder:
+            stage_pipeline(args, Path(folder))
+            print(push_folder(folder, args.repo_id, **options))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from dldm_pipeline.data.export import SHEET_SUBJECTS, TRANSLATION_NOTICE, check_
 from dldm_pipeline.data.phantom import SEQUENCES, phantom_rows
 from dldm_pipeline.data.scans import find_scans
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.data.volumes import read_scans
+from dldm_pipeline.data.volumes import read_scan
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
 NUM_PHANTOMS, PHANTOM_SEED = 2, 977_002  # no training run has seen subjects of this seed
@@ -35,31 +35,25 @@ NUM_PHANTOMS, PHANTOM_SEED = 2, 977_002  # no training run has seen subjects of 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "subject_folder", nargs="?", type=Path, metavar="SUBJECT_FOLDER", help="(default: simulated subjects)"
-    )
-    parser.add_argument(
-        "--given",
-        nargs="+",
-        metavar="NAME",
-        help="sequences to use (default: all in the folder; every second one of simulated subjects)",
-    )
+    parser.add_argument("folder", nargs="?", type=Path, metavar="SUBJECT_FOLDER", help="(default: simulated subjects)")
+    given = "sequences to use (default: all in the folder; every second one of simulated subjects)"
+    parser.add_argument("--given", nargs="+", metavar="NAME", help=given)
     parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which to fill in (default: those not given)")
     add_sampling_arguments(parser, "outputs/translated")
     return parser.parse_args(argv)
 
 
 def read_subject(folder: Path, modalities: list[str], image_size: int) -> list[dict]:
-    """The rows of the one scan in a folder, see `read_scan`; prints what was done to it."""
+    """The rows of the one scan in a folder, see `read_scan`; prints its notes."""
     scans = find_scans(folder)
     scans = [scan for scan in scans if not scan.problem] or scans
     if len(scans) > 1:
         raise ValueError(f"{folder} holds {len(scans)} subjects, {scans[0].source} and others; give the folder of one.")
-    [(report, rows)] = read_scans(scans, modalities, image_size)
-    if report.left_out:
-        raise ValueError(f"{folder}: {report.left_out}.")
-    for note in report.notes:
-        print(f"note: {note}")
+    try:
+        rows, notes = read_scan(scans[0], modalities, image_size)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}.") from error
+    print(*(f"note: {note}\n" for note in notes), sep="", end="")
     return rows
 
 
@@ -83,19 +77,17 @@ def main(argv: list[str] | None = None) -> None:
     folder = find_pipeline(args.pipeline)
     pipeline = DLDMTranslationPipeline.from_pretrained(folder).to(args.device)
     known, size = list(pipeline.autoencoder.config.modalities), pipeline.autoencoder.config.sample_size
-    if args.subject_folder is not None:
-        rows = read_subject(args.subject_folder, known, size)
+    if args.folder is not None:
+        rows = read_subject(args.folder, known, size)
     elif set(known) <= set(SEQUENCES):
         rows = list(phantom_rows(NUM_PHANTOMS, size, PHANTOM_SEED, known))
     else:
         raise ValueError(f"subjects with {', '.join(known)} cannot be simulated; give SUBJECT_FOLDER.")
     present = [name for name in known if rows[0][name] is not None]
-    given = args.given or (present[::2] if args.subject_folder is None else present)
+    given = args.given or present[:: 1 if args.folder else 2]
     absent = [name for name in given if name not in present]
     if absent:
-        raise ValueError(
-            f"--given {' '.join(absent)}: not there; the pipeline knows and the subject has {' '.join(present)}."
-        )
+        raise ValueError(f"--given {' '.join(absent)}: the pipeline knows and the subject has {' '.join(present)}.")
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     output = pipeline(
         {name: np.stack([row[name] for row in rows]) for name in given},
@@ -104,16 +96,10 @@ def main(argv: list[str] | None = None) -> None:
         output_type="np",
         **settings,
     )
-    sources = [f"{row['subject']}, slice {row['slice_index']}" for row in rows]
+    settings |= {"given": given, "sources": [f"{row['subject']}, slice {row['slice_index']}" for row in rows]}
     spacings = {row["pixel_spacing"] for row in rows}
-    save_subjects(
-        output,
-        args,
-        folder,
-        {**settings, "given": given, "sources": sources},
-        pixel_spacing=spacings.pop() if len(spacings) == 1 else None,
-        notice=TRANSLATION_NOTICE,
-    )
+    spacing = spacings.pop() if len(spacings) == 1 else None
+    save_subjects(output, args, folder, settings, pixel_spacing=spacing, notice=TRANSLATION_NOTICE)
     save_sheet(rows, given, output, args.output / "sheet.png")
     seconds = time.perf_counter() - started
     print(f"{len(rows)} slices: {', '.join(output.modalities)} and masks from {', '.join(given)} in {seconds:.0f} s")

@@ -1,10 +1,9 @@
 """A small Hub on localhost for tests: what huggingface_hub, diffusers and datasets ask of the real one to push and to pull.
 
-Repositories of models and data sets with branches and commits, LFS objects, and private repositories that only the holder of
-the token sees. No package on PyPI offers a Hub that takes uploads. Everything is kept in memory.
+Repositories of models and data sets with branches and commits, and private ones that only the holder of the token sees. Every
+file is an LFS object, in memory. No package on PyPI offers a Hub that takes uploads.
 """
 
-import base64
 import hashlib
 import json
 import os
@@ -16,30 +15,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
-
-TOKEN, USER = "hf_localhost", "tester"
-LFS_SUFFIXES = (".safetensors", ".parquet", ".png", ".bin")  # the real Hub's .gitattributes lists these and more
-
-
-class File:
-    """A file in a commit. `oid` names the git object; `sha256` names the content."""
-
-    def __init__(self, content: bytes, is_lfs: bool):
-        self.content, self.is_lfs = content, is_lfs
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self.oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+TOKEN = "hf_localhost"
 
 
 @dataclass
 class Repo:
     private: bool
-    commits: dict[str, dict[str, File]] = field(default_factory=dict)
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # content by path, by commit
     branches: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, branch: str, files: dict[str, File]) -> str:
-        listing = json.dumps([len(self.commits), sorted((path, file.oid) for path, file in files.items())])
-        sha = hashlib.sha1(listing.encode()).hexdigest()
+    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+        sha = hashlib.sha1(b"%d" % len(self.commits)).hexdigest()
         self.commits[sha], self.branches[branch] = files, sha
         return sha
 
@@ -75,8 +61,7 @@ class HubServer:
     def environment(self, home: Path) -> dict[str, str]:
         """Variables of a process for which this is the Hub and `home` an empty cache, not logged in."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "HUGGING"))}
-        switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        return {**kept, **switches, "HF_ENDPOINT": self.url, "HF_HOME": str(home)}
+        return {**kept, "HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": self.url, "HF_HOME": str(home)}
 
     def use_in_this_process(self, monkeypatch, home: Path) -> None:
         """The same for this process, logged in. It has read its environment when it imported huggingface_hub."""
@@ -94,7 +79,7 @@ class HubServer:
     def files(self, kind: str, name: str, revision: str = "main") -> dict[str, bytes]:
         """Path to content of all files on a branch."""
         repo = self.repos[kind, name]
-        return {path: file.content for path, file in repo.commits[repo.branches[revision]].items()}
+        return repo.commits[repo.branches[revision]]
 
 
 class HubError(Exception):
@@ -124,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
                 status, code = error.args
                 self.answer({"error": code}, status, {"X-Error-Code": code, "X-Error-Message": code})
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -146,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.is_owner:
             raise HubError(401, "Unauthorized")
 
-    def find(self, kind: str, repo: str, revision: str = "main") -> tuple[Repo, str, dict[str, File]]:
+    def find(self, kind: str, repo: str, revision: str = "main") -> tuple[Repo, str, dict[str, bytes]]:
         """A repository, and of the revision its commit and its files."""
         found = self.hub.repos.get((kind.rstrip("/"), repo))
         if found is None or (found.private and not self.is_owner):
@@ -162,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         self.check_write()
         asked = json.loads(self.body)
         kind = f"{asked.get('type') or 'model'}s"
-        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        name = f"{asked['organization']}/{asked['name']}"
         url = f"{self.hub.url}/{'' if kind == 'models' else kind + '/'}{name}"
         if (kind, name) in self.hub.repos:
             return self.answer({"error": "You already created this repo", "url": url}, 409)
@@ -176,47 +161,31 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in files]
         self.answer({**info, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
-    def refs(self, kind: str, repo: str) -> None:
-        branches = self.find(kind, repo)[0].branches.items()
-        listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in branches]
-        self.answer({"branches": listed, "tags": [], "converts": []})
-
     def create_branch(self, kind: str, repo: str, revision: str) -> None:
         self.check_write()
         found, sha, _ = self.find(kind, repo)
+        if revision in found.branches:
+            raise HubError(409, "BranchExists")
         found.branches[revision] = sha
-        self.answer({})
-
-    def delete_branch(self, kind: str, repo: str, revision: str) -> None:
-        self.check_write()
-        del self.find(kind, repo)[0].branches[revision]
         self.answer({})
 
     # -- uploads
 
     def validate_yaml(self) -> None:
-        header = yaml.safe_load(json.loads(self.body)["content"].split("---")[1])
-        errors = [] if isinstance(header, dict) else [{"message": "metadata must be an object"}]
-        self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+        self.answer({"errors": [], "warnings": []})
 
     def preupload(self, kind: str, repo: str, revision: str) -> None:
         self.check_write()
-        present = self.find(kind, repo, revision)[2]
-        files = []
-        for path in (file["path"] for file in json.loads(self.body)["files"]):
-            mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
-            oid = present[path].oid if path in present else None
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        self.answer({"files": files})
+        self.find(kind, repo, revision)
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        self.answer({"files": [{"path": path, "uploadMode": "lfs", "shouldIgnore": False} for path in paths]})
 
     def lfs_batch(self, repo: str, kind: str = "models") -> None:
         self.check_write()
         self.find(kind, repo)
-        objects = []
-        for item in json.loads(self.body)["objects"]:
-            upload = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
-            actions = {} if item["oid"] in self.hub.objects else {"actions": upload}
-            objects.append({**item, "authenticated": True, **actions})
+        objects = json.loads(self.body)["objects"]
+        for item in objects:
+            item["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
         self.answer({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, sha256: str) -> None:
@@ -230,10 +199,8 @@ class Handler(BaseHTTPRequestHandler):
         files = dict(files)
         for item in map(json.loads, self.body.splitlines()):
             value = item["value"]
-            if item["key"] == "file":
-                files[value["path"]] = File(base64.b64decode(value["content"]), is_lfs=False)
-            elif item["key"] == "lfsFile":
-                files[value["path"]] = File(self.hub.objects[value["oid"]], is_lfs=True)
+            if item["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
             elif item["key"] == "deletedFile":
                 del files[value["path"]]
         sha = found.commit(revision, files)
@@ -243,13 +210,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, kind: str, repo: str, revision: str, path: str = "") -> None:
         prefix = f"{path}/" if path else ""
-        files = {name: file for name, file in self.find(kind, repo, revision)[2].items() if name.startswith(prefix)}
+        files = {
+            name: content for name, content in self.find(kind, repo, revision)[2].items() if name.startswith(prefix)
+        }
         folders = {str(parent) for name in files for parent in Path(name).parents} - {".", path}
         listed = [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in folders]
-        for name, file in files.items():
-            size = len(file.content)
-            lfs = {"lfs": {"oid": file.sha256, "size": size, "pointerSize": 130}} if file.is_lfs else {}
-            listed.append({"type": "file", "path": name, "size": size, "oid": file.oid, **lfs})
+        for name, content in files.items():
+            oid, size = hashlib.sha256(content).hexdigest(), len(content)
+            lfs = {"oid": oid, "size": size, "pointerSize": 130}
+            listed.append({"type": "file", "path": name, "size": size, "oid": oid[:40], "lfs": lfs})
         if self.query.get("recursive") != ["true"]:
             listed = [entry for entry in listed if "/" not in entry["path"].removeprefix(prefix)]
         self.answer(sorted(listed, key=lambda entry: entry["path"]))
@@ -258,12 +227,9 @@ class Handler(BaseHTTPRequestHandler):
         _, sha, files = self.find(kind, repo, revision)
         if path not in files:
             raise HubError(404, "EntryNotFound")
-        file = files[path]
-        etag = f'"{file.sha256 if file.is_lfs else file.oid}"'
-        headers = {"X-Repo-Commit": sha, "ETag": etag, "Content-Type": "application/octet-stream"}
-        if file.is_lfs:
-            headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(file.content))}
-        self.answer(file.content, headers=headers)
+        etag = f'"{hashlib.sha256(files[path]).hexdigest()}"'
+        headers = {"X-Repo-Commit": sha, "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": str(len(files[path]))}
+        self.answer(files[path], headers=headers)
 
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
@@ -273,9 +239,7 @@ ROUTES = [
     (r"POST /api/repos/create", Handler.create_repo),
     (r"POST /api/validate-yaml", Handler.validate_yaml),
     (rf"GET {API}(/revision/{REVISION})?", Handler.repo_info),
-    (rf"GET {API}/refs", Handler.refs),
     (rf"POST {API}/branch/{REVISION}", Handler.create_branch),
-    (rf"DELETE {API}/branch/{REVISION}", Handler.delete_branch),
     (rf"POST {API}/preupload/{REVISION}", Handler.preupload),
     (rf"POST /(?P<kind>datasets/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (r"PUT /lfs/(?P<sha256>[0-9a-f]{64})", Handler.lfs_put),

@@ -83,7 +83,7 @@ def test_a_model_card_says_what_it_must_and_is_read_back(tmp_path):
     write_model_card(tmp_path, "Title", "Text.", {}, {})
     assert "## Figures" not in path.read_text() and "## Training" not in path.read_text()
     path.write_text("---\ntags: [\n---\n")
-    with pytest.raises(ValueError, match="README.md: the YAML at its top cannot be read"):
+    with pytest.raises(ValueError, match="README.md: its YAML cannot be read"):
         read_card_data(tmp_path)
     path.unlink()
     assert read_card_data(tmp_path).to_dict() == {}
@@ -258,12 +258,13 @@ def test_a_broken_upload_leaves_the_repository_as_it_was(hub, folder, tiny_pipel
     with pytest.raises(OSError, match=f"to {REPO} failed: .*disconnected.*run it again"):
         push_folder(folder, REPO, revision=revision)
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
-    assert hub.repos["models", REPO].branches == before
+    repo = hub.repos["models", REPO]
+    assert set(repo.branches.values()) == set(before.values()) and len(repo.commits) == 2
     assert np.array_equal(images(DLDMPipeline.from_pretrained(REPO)), images(tiny_pipeline))
 
     hub.break_at = None
     push_folder(folder, REPO, revision=revision)
-    assert (hub.repos["models", REPO].branches["main"] == before["main"]) == (revision is not None)
+    assert (repo.branches["main"] == before["main"]) == (revision is not None)
     loaded = DLDMPipeline.from_pretrained(REPO, revision=revision)
     assert np.array_equal(images(loaded), images(other_tiny_pipeline))
 

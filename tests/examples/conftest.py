@@ -29,7 +29,7 @@ def refused(script, capsys) -> Callable[..., str]:
     def run(*words: str | Path) -> str:
         with pytest.raises(SystemExit) as stop:
             script.main([str(word) for word in words])
-        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert stop.value.code == 2
         return line
 

@@ -162,7 +162,7 @@ def test_fills_in_from_images_and_volumes(app, pipeline, uploads):
         ([], "Give at least one of T1, T2, WB, and leave out at least one"),
         (["T1.png"] * 3, "Give at least one of T1, T2, WB, and leave out at least one"),
         (["T1.png", "t2.nii.gz"], "either images or NIfTI volumes"),
-        (["notes.txt"], "notes.txt: give a PNG, JPEG or NIfTI file"),
+        (["notes.txt"], "notes.txt cannot be read"),
         (["text.png"], "text.png cannot be read: it is damaged, or not what its name says"),
         (["T1.png", "cut.png"], "cut.png cannot be read"),
         (["vast.png"], "vast.png has 67,108,864 pixels; the limit is 33,554,432"),

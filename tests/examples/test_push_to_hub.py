@@ -106,8 +106,8 @@ def test_a_data_set_is_pushed_as_it_is(script, hub, tmp_path):
 
 def test_bad_input_is_one_line_and_nothing_is_pushed(refused, hub, trained):
     for words, message in (
-        ([], "either the FOLDER of a pipeline or --dataset"),
-        ([trained, "--dataset", trained], "either the FOLDER of a pipeline or --dataset"),
+        ([], "one of the arguments FOLDER --dataset is required"),
+        ([trained, "--dataset", trained], "--dataset: not allowed with argument FOLDER"),
         (["nowhere"], "nowhere holds no model_index.json"),
         (["--dataset", trained], "holds no data/train-*.parquet"),
         ([trained, "--metrics", trained / "README.md"], "README.md is not JSON"),

@@ -114,7 +114,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, words, pipeline_folde
         (["several"], "several holds 2 subjects, one and others; give the folder of one"),
         (["foreign"], "foreign: none of T1, T2, WB among its files; it has FLAIR"),
         (["complete"], "every modality"),
-        (["several/one", "--given", "T2"], "--given T2: not there; the pipeline knows and the subject has T1 WB"),
+        (["several/one", "--given", "T2"], "--given T2: the pipeline knows and the subject has T1 WB"),
         (["several/one", "--modalities", "PET"], "PET"),
         (["several/one", "--num_inference_steps", "0"], "num_inference_steps"),
         (["--pipeline", "./nowhere"], "nowhere: no such folder"),

@@ -1,13 +1,12 @@
-"""Measures a trained pipeline beside real subjects and other generators; writes `metrics.json`, `report.md`, `report.html`.
+"""Measure a trained pipeline against real subjects and other generators: `metrics.json`, `report.md`, `report.html`.
 
-    python examples/evaluate.py                                             # bundled pipeline, fresh simulated subjects
+    python examples/evaluate.py                                             # bundled pipeline, new simulated subjects
     python examples/evaluate.py --pipeline P --dataset D                    # own pipeline, validation split of own data
     python examples/evaluate.py --pipeline P --dataset D --baselines outputs/stylegan2 outputs/plain_ldm --num_subjects 1000
-    python examples/evaluate.py --autoencoder A --autoencoder_only --dataset D
+    python examples/evaluate.py --autoencoder A --dataset D                 # an autoencoder alone
 
-What each figure means is written in the report and in `dldm_pipeline/metrics/`. Generated subjects, features and figures are
-kept in the output's `cache` under a hash of all they depend on, so a second run computes only what has changed; the folder
-can be deleted.
+The report and `dldm_pipeline/metrics/` say what each figure means. Generated subjects, features and figures are kept in the
+output's `cache` under a hash of all they depend on, so a second run computes only what has changed; the folder can be deleted.
 """
 
 from __future__ import annotations
@@ -20,165 +19,114 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from dldm_pipeline import BUNDLED_CHECKPOINT
+from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
+from dldm_pipeline.cli import add_pipeline_arguments, exit_on_user_error, find_pipeline
+from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.metrics.cache import Cache, fingerprint
 from dldm_pipeline.metrics.comparison import (
     NEIGHBOURS,
-    Cache,
+    Comparison,
     System,
-    compare_alignment,
-    compare_fidelity,
-    compare_memorization,
-    compare_spectra_of,
-    compare_steps,
     find_segmenters,
-    fingerprint,
     measure_autoencoder,
     pipeline_system,
     sample,
-    write_text,
 )
 from dldm_pipeline.metrics.features import EXTRACTORS, FeatureExtractor, load_extractor
 from dldm_pipeline.metrics.images import read_slices
 from dldm_pipeline.metrics.memorization import closest_pairs_sheet
 from dldm_pipeline.metrics.report import (
     PAPER,
-    build_report,
     claims,
     mean_scores,
     plot_scores,
     plot_steps,
     systems_sheet,
-    to_html,
-    to_markdown,
+    write_report,
 )
-from dldm_pipeline.pipeline_dldm import DLDMPipeline
 
-# Simulated subjects for a run without --dataset: seeds of their own, so that no training run has seen them.
+# Simulated subjects for a run without --dataset, of seeds that no training uses.
 PHANTOM_SEED, SECOND_PHANTOM_SEED, NUM_PHANTOMS = 977_001, 977_002, 200
-# Class of a compared system, as its config.json names it -> its module in a folder of scripts, and its name in the report.
+# Class of a compared system, as its config.json names it → its module in training/baselines, and its name in the report.
 BASELINES = {"StyleGAN2": ("stylegan2", "StyleGAN2"), "PlainLDM": ("plain_ldm", "plain LDM")}
 BASELINE_FOLDER = Path(__file__).resolve().parents[1] / "training" / "baselines"
 SAMPLING = ("num_inference_steps", "num_style_inference_steps", "guidance_scale")
+LEAST = {"max_validation": 1, "max_train": 1, "num_subjects": NEIGHBOURS + 1, "segmenter_steps": 0, "batch_size": 1}
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, help="pipeline folder; default: the bundled one")
-    parser.add_argument("--autoencoder", type=Path, help="autoencoder folder to use with --autoencoder_only")
-    parser.add_argument("--autoencoder_only", action="store_true", help="measure the autoencoder, generate nothing")
+    add_pipeline_arguments(parser)
+
+    def add(name: str, help: str, default: object = None, **options) -> None:
+        help += "" if default is None else " (default: %(default)s)"
+        parser.add_argument(f"--{name}", default=default, help=help, **options)
+
+    add("autoencoder", "folder of an autoencoder, to measure it alone; nothing is generated", type=Path)
     parser.add_argument(
         "--baselines", type=Path, nargs="+", default=[], help="folders of compared systems, from training/baselines/"
     )
-    parser.add_argument(
-        "--dataset", help=f"folder of slices, or its name on the Hub; default: {NUM_PHANTOMS} simulated subjects"
-    )
-    parser.add_argument("--split", default="validation", help="split of the dataset (default: %(default)s)")
-    parser.add_argument(
-        "--max_validation",
-        type=int,
-        default=400,
-        help="slices at most for autoencoder and alignment (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max_train", type=int, default=10_000, help="training slices to look for copies of (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num_subjects", type=int, default=100, help="subjects of each system, and real ones (default: %(default)s)"
-    )
-    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
-    parser.add_argument("--num_style_inference_steps", type=int, help="default: the pipeline's")
-    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
-    parser.add_argument(
-        "--step_counts", type=int, nargs="+", default=[5, 10, 25, 50], help="structure steps to compare (%(default)s)"
-    )
-    parser.add_argument(
-        "--step_subjects", type=int, default=50, help="subjects of that comparison, 0: none (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--extractor", choices=list(EXTRACTORS), default="efficientnet-lite0", help="features (default: %(default)s)"
-    )
-    parser.add_argument("--extractor_weights", type=Path, help="local weights; default: installed, or downloaded")
-    parser.add_argument(
-        "--neighbour_extractor",
+    add("dataset", f"folder of slices, or its name on the Hub (default: {NUM_PHANTOMS} simulated subjects)")
+    add("split", "split of the dataset", "validation")
+    add("max_validation", "slices at most for autoencoder and alignment", 400, type=int)
+    add("max_train", "training slices at most to look for copies of", 10_000, type=int)
+    add("num_subjects", "subjects of each system, and real ones", 100, type=int)
+    for name in SAMPLING:
+        kind = float if name == "guidance_scale" else int
+        add(name, "(default: the pipeline's)", type=kind)
+    add("step_counts", "numbers of structure steps to compare", [5, 10, 25, 50], type=int, nargs="+")
+    add("step_subjects", "subjects of that comparison; 0: none", 50, type=int)
+    add("extractor", "network that gives the features", "efficientnet-lite0", choices=list(EXTRACTORS))
+    add("extractor_weights", "its weights (default: those installed, or downloaded)", type=Path)
+    add(
+        "neighbour_extractor",
+        "another network for precision, recall, density and coverage, such as vgg16",
         choices=list(EXTRACTORS),
-        help="another one for precision, recall, density and coverage, such as vgg16",
     )
-    parser.add_argument(
-        "--segmenter_steps",
-        type=int,
-        default=600,
-        help="training steps of the segmenters that judge the masks, 0: none (default: %(default)s)",
-    )
-    parser.add_argument("--batch_size", type=int, default=4, help="subjects at a time (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of splits, exchanges and subjects (default: %(default)s)"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder of the report (%(default)s)")
-    return parser.parse_args(arguments)
-
-
-def sampling_options(args: argparse.Namespace) -> dict:
-    """What the pipeline is called with, defaults included."""
-    defaults = inspect.signature(DLDMPipeline.__call__).parameters
-    return {name: defaults[name].default if getattr(args, name) is None else getattr(args, name) for name in SAMPLING}
+    add("segmenter_steps", "training steps of the segmenters that judge the masks; 0: none", 600, type=int)
+    add("batch_size", "slices that the autoencoder takes at a time", 4, type=int)
+    add("seed", "of splits, exchanges and subjects", 0, type=int)
+    add("output", "folder of the report", Path("evaluation"), type=Path)
+    return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises one clear error on what cannot work, before any of the work."""
-    if args.autoencoder and not args.autoencoder_only:
-        raise ValueError("--autoencoder needs --autoencoder_only; a whole pipeline is given by --pipeline.")
-    if args.autoencoder and args.pipeline:
-        raise ValueError("--autoencoder and --pipeline are both given; give the one to measure.")
-    if args.baselines and args.autoencoder_only:
-        raise ValueError("--baselines are compared with a pipeline; leave out --autoencoder_only.")
-    for name in ("max_validation", "max_train", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more.")
-    if args.num_subjects <= NEIGHBOURS:
-        raise ValueError(
-            f"--num_subjects {args.num_subjects}: scores of {NEIGHBOURS} nearest neighbours need {NEIGHBOURS + 1} or more."
-        )
-    if args.step_subjects and not NEIGHBOURS < args.step_subjects:
-        raise ValueError(
-            f"--step_subjects {args.step_subjects}: give {NEIGHBOURS + 1} or more, or 0 for no comparison."
-        )
+    """Raises one clear error on what cannot work, before any of the work, and makes the output folder."""
+    if args.autoencoder and (args.pipeline or args.baselines):
+        raise ValueError("--autoencoder is measured alone: leave out --pipeline and --baselines, or give a pipeline.")
+    if args.autoencoder and not (args.autoencoder / "config.json").is_file():
+        raise FileNotFoundError(f"--autoencoder {args.autoencoder} holds no config.json; give a folder with a model.")
+    for name, least in LEAST.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: give {least} or more.")
+    if args.step_subjects and args.step_subjects <= NEIGHBOURS:
+        raise ValueError(f"--step_subjects {args.step_subjects}: give {NEIGHBOURS + 1} or more, or 0 for none.")
     if min(args.step_counts) < 1:
-        raise ValueError(f"--step_counts {min(args.step_counts)}: give numbers of 1 or more.")
-    if args.segmenter_steps < 0:
-        raise ValueError(f"--segmenter_steps {args.segmenter_steps}: give 1 or more, or 0 for no segmenters.")
-    model, marker = (args.autoencoder, "config.json") if args.autoencoder else (args.pipeline, "model_index.json")
-    for folder, file in [
-        (model or BUNDLED_CHECKPOINT, marker),
-        *((folder, "config.json") for folder in args.baselines),
-    ]:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} holds no {file}; give a folder written by save_pretrained.")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--output {args.output} cannot be made ({error.strerror}); choose another folder.") from error
+        raise ValueError(f"--step_counts {min(args.step_counts)}: give 1 or more.")
+    args.output.mkdir(parents=True, exist_ok=True)
     if not os.access(args.output, os.W_OK):
         raise PermissionError(f"--output {args.output} is not writable; choose another folder.")
 
 
+@dataclass
 class SimulatedSubjects(Dataset):
-    """Fresh simulated subjects with the items of a `SliceDataset`."""
+    """New simulated subjects with the items of a `SliceDataset`."""
 
-    def __init__(self, count: int, size: int, modalities: Sequence[str], seed: int) -> None:
-        self.count, self.size, self.modalities, self.seed = count, size, tuple(modalities), seed
+    count: int
+    size: int
+    modalities: list[str]
+    seed: int
 
     def __len__(self) -> int:
         return self.count
@@ -211,13 +159,15 @@ def open_data(args: argparse.Namespace, size: int, modalities: list[str]) -> tup
 
 
 def read_items(dataset: Dataset, count: int, desc: str) -> list[dict]:
-    """At most `count` items, taken at even distances."""
+    """At most `count` items, evenly spaced."""
     rows = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
     return [dataset[i] for i in tqdm(rows, desc=desc)]
 
 
 def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -> System:
     """A compared system, of whichever class its config.json names."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"--baselines {folder} holds no config.json; give what training/baselines/ wrote.")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     except ValueError as error:
@@ -231,19 +181,19 @@ def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -
     own = list(model.config.modalities)
     if sorted(own) != sorted(modalities) or model.config.sample_size != size:
         raise ValueError(
-            f"--baselines {folder} draws {', '.join(own)} at {model.config.sample_size} pixels, the pipeline "
+            f"--baselines {folder} generates {', '.join(own)} at {model.config.sample_size} pixels, the pipeline "
             f"{', '.join(modalities)} at {size}: compare systems that were trained on the same data."
         )
     columns = [own.index(modality) for modality in modalities]
     has_masks = bool(model.config.get("mask"))
 
-    def draw(generators: list[torch.Generator]):
-        drawn = model.sample(len(generators), generators, **({"return_masks": True} if has_masks else {}))
-        images, masks = drawn if has_masks else (drawn, None)
+    def generate(generators: list[torch.Generator]):
+        output = model.sample(len(generators), generators, **({"return_masks": True} if has_masks else {}))
+        images, masks = output if has_masks else (output, None)
         return images[:, columns].numpy(), None if masks is None else masks.numpy() > 0.5, None
 
     name += ", class-conditional" if model.config.get("conditional") else ""
-    return System(name, str(folder), sum(value.numel() for value in model.parameters()), draw, fingerprint(model))
+    return System(name, str(folder), sum(value.numel() for value in model.parameters()), generate, fingerprint(model))
 
 
 def finite(value):
@@ -258,6 +208,7 @@ def finite(value):
 def compare_systems(
     systems: list[System],
     pipeline: DLDMPipeline,
+    options: dict,
     data: tuple[Dataset, Dataset | None],
     extractor: FeatureExtractor,
     segmenters: dict,
@@ -266,72 +217,72 @@ def compare_systems(
     cache: Cache,
 ) -> tuple[dict, dict[str, Path]]:
     """All figures of generated subjects and their pictures. `reference` is the alignment of real subjects."""
-    modalities, seed = list(pipeline.autoencoder.config.modalities), args.seed
-    folder, options = systems[0].folder, sampling_options(args)
+    modalities, count, seed = list(pipeline.autoencoder.config.modalities), args.num_subjects, args.seed
     neighbours = load_extractor(args.neighbour_extractor, device=args.device) if args.neighbour_extractor else None
-    real, second = (data_set and read_slices(data_set, args.num_subjects) for data_set in data)
-    samples = {system.name: sample(system, args.num_subjects, seed, cache) for system in systems}
-    seconds = {name: float(drawn["seconds"].sum() / args.num_subjects) for name, drawn in samples.items()}
-    images = {name: drawn["images"] for name, drawn in samples.items()}
+    real, second = (dataset and read_slices(dataset, count) for dataset in data)
+    comparison = Comparison(modalities, real, second, extractor, neighbours, seed, cache)
+    samples = {system.name: sample(system, count, seed, cache) for system in systems}
+    seconds = {name: float(subjects["seconds"].sum() / count) for name, subjects in samples.items()}
+    images = {name: subjects["images"] for name, subjects in samples.items()}
     pictures = {name: args.output / "figures" / f"{name}.png" for name in ("scores", "systems")}
 
     others = "other simulated subjects" if args.dataset is None else "training subjects of the data set"
+    fidelity = comparison.fidelity(samples)
     results: dict = {
-        "num_subjects": args.num_subjects,
+        "num_subjects": count,
         "second_real": "half of the held-out subjects" if second is None else others,
         "paper": PAPER,
+        "systems": {
+            one.name: {"folder": one.folder, "parameters": one.parameters, "seconds_per_subject": seconds[one.name]}
+            for one in systems
+        },
+        "fidelity": fidelity,
+        "claims": claims(mean_scores(fidelity)),
+        "alignment": comparison.alignment(samples, reference, segmenters, args.max_validation),
+        "generation": {
+            "num_subjects": count,
+            "seconds_per_subject": seconds["DLDM"],
+            **options,
+            **comparison.spectra(images["DLDM"]),
+        },
     }
-    results["systems"] = {
-        one.name: {"folder": one.folder, "parameters": one.parameters, "seconds_per_subject": seconds[one.name]}
-        for one in systems
-    }
-    results["fidelity"] = compare_fidelity(samples, real, second, modalities, extractor, neighbours, seed, cache)
-    results["claims"] = claims(mean_scores(results["fidelity"]))
-    plot_scores(results["fidelity"], pictures["scores"])
+    plot_scores(fidelity, pictures["scores"])
     systems_sheet(real.images, real.present, images, modalities, pictures["systems"])
-    results["alignment"] = compare_alignment(
-        samples, modalities, reference, segmenters, args.max_validation, seed, cache
-    )
-    results["generation"] = {
-        "num_subjects": args.num_subjects,
-        "seconds_per_subject": seconds["DLDM"],
-        **options,
-        **compare_spectra_of(real, images["DLDM"], modalities),
-    }
     if args.step_subjects:
         by_steps = {
-            steps: pipeline_system(pipeline, folder, **options | {"num_inference_steps": steps})
+            steps: pipeline_system(pipeline, systems[0].folder, **options | {"num_inference_steps": steps})
             for steps in sorted(set(args.step_counts))
         }
-        results["steps"] = compare_steps(by_steps, args.step_subjects, real, second, modalities, extractor, seed, cache)
+        results["steps"] = comparison.steps(by_steps, args.step_subjects)
         pictures["steps"] = args.output / "figures" / "steps.png"
         plot_steps(results["steps"], pictures["steps"])
-    # Without --dataset nobody knows what the pipeline was trained on.
+    # Without --dataset it is unknown what the pipeline was trained on.
     if args.dataset is not None and second is not None and len(set(real.subjects)) > 1:
         train = read_slices(data[1], args.max_train)
-        found = compare_memorization(samples, train, real, modalities, pipeline.autoencoder, seed, cache)
-        results["memorization"], pictures["closest_pairs"] = found, args.output / "figures" / "closest_pairs.png"
-        closest = found["DLDM"]["closest"][:4]
+        results["memorization"] = comparison.memorization(samples, train, pipeline.autoencoder)
+        pictures["closest_pairs"] = args.output / "figures" / "closest_pairs.png"
+        closest = results["memorization"]["DLDM"]["closest"][:4]
         closest_pairs_sheet(closest, images["DLDM"], train.images, modalities, pictures["closest_pairs"])
     return results, pictures
 
 
-def main(arguments: list[str] | None = None, extractor: FeatureExtractor | None = None) -> dict:
+@exit_on_user_error()
+def main(argv: list[str] | None = None, extractor: FeatureExtractor | None = None) -> dict:
     """Runs the evaluation and returns what it wrote to `metrics.json`.
 
     Args:
-        arguments: of the command line.
+        argv: the command line's arguments.
         extractor: features in place of those that `--extractor` names.
     """
-    args = parse_args(arguments)
+    args = parse_args(argv)
     check_arguments(args)
     started = time.time()
     cache = Cache(args.output / "cache")
-    model = args.autoencoder or args.pipeline or BUNDLED_CHECKPOINT
-    pipeline, systems = None, []
-    if args.autoencoder_only:
-        folder = model if args.autoencoder else model / "autoencoder"
-        autoencoder = DisentangledAutoencoder.from_pretrained(folder).to(args.device).eval()
+    # 1. The models.
+    model = args.autoencoder or find_pipeline(args.pipeline)
+    pipeline = None
+    if args.autoencoder:
+        autoencoder = DisentangledAutoencoder.from_pretrained(model).to(args.device).eval()
     else:
         pipeline = DLDMPipeline.from_pretrained(model).to(args.device)
         pipeline.set_progress_bar_config(disable=True)
@@ -339,13 +290,17 @@ def main(arguments: list[str] | None = None, extractor: FeatureExtractor | None 
     modalities, size = list(autoencoder.config.modalities), autoencoder.config.sample_size
     data = open_data(args, size, modalities)
     if pipeline is not None:
-        systems = [pipeline_system(pipeline, model, **sampling_options(args))]
+        defaults = inspect.signature(DLDMPipeline.__call__).parameters
+        given = {name: getattr(args, name) for name in SAMPLING}
+        options = {name: defaults[name].default if value is None else value for name, value in given.items()}
+        systems = [pipeline_system(pipeline, model, **options)]
         systems += [open_baseline(folder, modalities, size, args.device) for folder in args.baselines]
         names = [system.name for system in systems]
         if len(set(names)) < len(names):
             raise ValueError(f"--baselines gives one system twice: {', '.join(names)}; give one folder of each.")
         extractor = extractor or load_extractor(args.extractor, args.extractor_weights, args.device)
 
+    # 2. The autoencoder, on held-out subjects.
     count = args.max_validation if args.dataset else min(args.max_validation, NUM_PHANTOMS)
     items = read_items(data[0], count, "read held-out")
     others = read_items(data[1], count, "read training") if data[1] is not None and args.segmenter_steps else []
@@ -357,30 +312,22 @@ def main(arguments: list[str] | None = None, extractor: FeatureExtractor | None 
         "segmenter_dice": segmenter_dice,
         **measure_autoencoder(autoencoder, items, segmenters, args.batch_size, args.seed, cache),
     }
+
+    # 3. The pipeline and the other systems.
     pictures: dict[str, Path] = {}
     if pipeline is not None:
         alignment = results["alignment"]
         compared, pictures = compare_systems(
-            systems, pipeline, data, extractor, segmenters, alignment["validation"], args, cache
+            systems, pipeline, options, data, extractor, segmenters, alignment["validation"], args, cache
         )
         results |= compared | {"alignment": alignment | compared["alignment"]}
     results["seconds"] = time.time() - started
 
-    sections = build_report(results, pictures)
-    report = to_markdown("Evaluation", sections, args.output)
     write_text(args.output / "metrics.json", json.dumps(finite(results), indent=2) + "\n")
-    write_text(args.output / "report.md", report)
-    write_text(args.output / "report.html", to_html("Evaluation", sections))
-    print(report)
+    print(write_report(results, pictures, args.output))
     print(f"Written to {args.output / 'report.html'}, report.md and metrics.json.")
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        if os.environ.get("DLDM_DEBUG"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    main()

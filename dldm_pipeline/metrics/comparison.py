@@ -1,18 +1,15 @@
-"""Several generators beside real subjects: every measure of this folder for each of them, computed once.
+"""Several generators compared with the same real subjects, by every measure of this folder.
 
-A [`System`] is anything that draws subjects from seeds. [`sample`] draws them block by block as 8-bit images; `compare_*`
-measure all systems in the same way and return plain numbers by the system's name. Blocks of images, features and
-figures are kept in a [`Cache`] under a hash of all they depend on, so a second run computes only what has changed.
+A [`System`] is anything that generates subjects from seeds. [`sample`] asks it for them, block by block, as 8-bit images; a
+[`Comparison`] measures all systems in the same way and returns plain numbers by the system's name. Images, features and
+figures are kept in a [`~dldm_pipeline.metrics.cache.Cache`].
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from tqdm.auto import tqdm
 from dldm_pipeline.data.files import read_arrays, write_arrays
 
 from .alignment import evaluate_alignment
+from .cache import Cache, digest, fingerprint, hash_source
 from .disentanglement import evaluate_disentanglement
 from .features import FeatureExtractor, hash_weights
 from .fidelity import evaluate_fidelity, feature_scores
@@ -33,89 +31,8 @@ from .memorization import MemorizationFilter, evaluate_memorization
 from .reconstruction import compare_spectra, encode_subjects, evaluate_reconstruction, radial_power_spectrum, rebuild
 from .segmenter import make_segmenter, train_segmenter
 
-BLOCK = 25  # subjects drawn and kept at a time
+BLOCK = 25  # subjects generated and kept at a time
 NEIGHBOURS = 3  # k of precision, recall, density and coverage
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cache
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def digest(*parts) -> str:
-    """Hash of arrays, by content, and of whatever JSON can hold."""
-    sha = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            sha.update(f"{part.dtype} {part.shape}".encode())
-            sha.update(np.ascontiguousarray(part).tobytes())
-        else:
-            sha.update(json.dumps(part, sort_keys=True, default=str).encode())
-    return sha.hexdigest()[:32]
-
-
-def fingerprint(*models) -> str:
-    """Hash of the weights, the configuration and the source file of models or schedulers."""
-    return digest(
-        *(
-            [
-                hash_weights(model) if isinstance(model, torch.nn.Module) else None,
-                {key: value for key, value in model.config.items() if not key.startswith("_")},
-                _source(inspect.getfile(type(model))),
-            ]
-            for model in models
-        )
-    )
-
-
-def _source(path: str | os.PathLike) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames, so that no half-written file is ever left under `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-class Cache:
-    """A folder of what was computed, each file named by a hash of all it depends on. It can be deleted at any time.
-
-    Args:
-        folder: made when something is first kept.
-    """
-
-    def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder)
-        # Figures change with the code that computes them.
-        files = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "report.py")
-        self.code = digest([_source(path) for path in files])
-
-    def figures(self, name: str, inputs: Sequence, compute: Callable[[], dict]) -> dict:
-        """What `compute` returns, a dict of plain numbers, or what it returned for these inputs before.
-
-        Args:
-            name: what the file's name begins with.
-            inputs: all that the figures depend on: arrays, and what JSON can hold.
-            compute: called if there is no such file.
-        """
-        path = self.folder / f"{name}-{digest(self.code, *inputs)}.json"
-        if not path.is_file():
-            write_text(path, json.dumps(compute()))
-        return json.loads(path.read_text(encoding="utf-8"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generated subjects
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -126,15 +43,15 @@ class System:
         name: as in the tables.
         folder: where it was read from.
         parameters: how many it has.
-        draw: list of S generators → images (S, n, H, W) in [0, 1]; masks (S, H, W) and structure (S, c_s, h, w), each of
-            them None if there is none.
+        generate: list of S generators → images (S, n, H, W) in [0, 1]; masks (S, H, W) and structure (S, c_s, h, w), each
+            of them None if there is none.
         key: hash of all that the images depend on but the seeds.
     """
 
     name: str
     folder: str
     parameters: int
-    draw: Callable[[list[torch.Generator]], tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]
+    generate: Callable[[list[torch.Generator]], tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]
     key: str
 
 
@@ -147,18 +64,19 @@ def pipeline_system(pipeline, folder: str | os.PathLike, **options) -> System:
         options: arguments of its call, such as `num_inference_steps`.
     """
 
-    def draw(generators: list[torch.Generator]):
+    def generate(generators: list[torch.Generator]):
         output = pipeline(num_subjects=len(generators), generator=generators, output_type="np", **options)
         return output.images, output.masks, output.structure.cpu().numpy()
 
     parts = pipeline.unet, pipeline.autoencoder
     parameters = sum(value.numel() for part in parts for value in part.parameters())
-    key = digest(fingerprint(*parts, pipeline.scheduler), _source(inspect.getfile(type(pipeline))), options)
-    return System("DLDM", str(folder), parameters, draw, key)
+    sources = sorted(Path(inspect.getfile(type(pipeline))).parent.glob("pipeline_*.py"))
+    key = digest(fingerprint(*parts, pipeline.scheduler), [hash_source(path) for path in sources], options)
+    return System("DLDM", str(folder), parameters, generate, key)
 
 
 def sample(system: System, count: int, seed: int, cache: Cache) -> dict[str, np.ndarray]:
-    """Draws subjects from the seeds `seed`, `seed` + 1, ..., block by block; blocks that were drawn before are read.
+    """Subjects from the seeds `seed`, `seed` + 1, ..., generated block by block; blocks in the cache are read.
 
     Returns:
         `images` uint8 (S, n, H, W); `seconds` (blocks,), what each block took; `masks` (S, H, W) bool and `structure`
@@ -175,28 +93,23 @@ def sample(system: System, count: int, seed: int, cache: Cache) -> dict[str, np.
             block = read_arrays(path)
             if block is None:
                 started = time.perf_counter()
-                images, masks, structure = system.draw([torch.Generator().manual_seed(one) for one in seeds])
+                images, masks, structure = system.generate([torch.Generator().manual_seed(one) for one in seeds])
                 seconds = np.array([time.perf_counter() - started])
                 if not np.isfinite(images).all():
-                    raise ValueError(f"{system.name} in {system.folder} draws NaN: its weights are damaged.")
+                    raise ValueError(f"{system.name} in {system.folder} generates NaN: its weights are damaged.")
                 block = {"images": to_uint8(images), "masks": masks, "structure": structure, "seconds": seconds}
                 block = {name: array for name, array in block.items() if array is not None}
                 write_arrays(path, block, {"synthetic": "true", "system": system.name})
             blocks.append(block)
             bar.update(len(seeds))
-    drawn = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    black = [m for m in range(drawn["images"].shape[1]) if drawn["images"][:, m].max() <= 1]
-    if black:
+    subjects = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    black = np.flatnonzero(subjects["images"].max(axis=(0, 2, 3)) <= 1)
+    if len(black):
         raise ValueError(
-            f"{system.name} in {system.folder} draws nothing but black as modality {black[0]} (of 0 to "
-            f"{drawn['images'].shape[1] - 1}) in {count} subjects: there is nothing to measure. Train it longer."
+            f"{system.name} in {system.folder} generates only black images of modality {black[0]} (of 0 to "
+            f"{subjects['images'].shape[1] - 1}) in {count} subjects: there is nothing to measure. Train it longer."
         )
-    return drawn
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures
-# ---------------------------------------------------------------------------------------------------------------------
+    return subjects
 
 
 def find_segmenters(
@@ -271,196 +184,149 @@ def measure_autoencoder(
         }
 
     slices = [np.asarray(item[key]) for item in items for key in ("images", "present", "mask", "has_mask", "subject")]
-    inputs = [fingerprint(autoencoder), _weights(segmenters), seed, *slices]
+    inputs = [fingerprint(autoencoder), _hashes(segmenters), seed, *slices]
     return cache.figures("autoencoder", inputs, compute)
 
 
-def compare_fidelity(
-    samples: dict[str, dict[str, np.ndarray]],
-    real: Slices,
-    second: Slices | None,
-    modalities: Sequence[str],
-    extractor: FeatureExtractor,
-    neighbour_extractor: FeatureExtractor | None,
-    seed: int,
-    cache: Cache,
-) -> dict[str, dict]:
-    """[`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`] of every system, against one floor.
+@dataclass
+class Comparison:
+    """Measures of several systems against the same real subjects. Its methods take `samples`: system → from [`sample`].
 
-    Args:
-        samples: system → what [`sample`] returned.
-        real: held-out slices.
-        second: slices of other subjects for the floor; None halves the held-out subjects.
+    Attributes:
         modalities: the n names.
-        extractor, neighbour_extractor: see `evaluate_fidelity`.
+        real: held-out slices.
+        second: slices of other subjects, for the floor; None halves the held-out subjects.
+        extractor, neighbour_extractor: see [`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`].
         seed: of all random choices.
         cache: keeps features and figures.
     """
-    results: dict[str, dict] = {}
-    networks = [network and network.describe() for network in (extractor, neighbour_extractor)]
-    parts = [array for slices in (real, second) if slices is not None for array in vars(slices).values()]
-    for name, drawn in samples.items():
-        compute = functools.partial(
-            evaluate_fidelity,
-            real,
-            Slices(drawn["images"]),
-            modalities,
-            extractor,
-            second,
-            neighbour_extractor,
-            floor=next(iter(results.values()))["floor"] if results else None,
-            k=NEIGHBOURS,
-            cache=cache.folder,
-            seed=seed,
-        )
-        inputs = [drawn["images"], *parts, modalities, networks, seed]
-        results[name] = cache.figures("fidelity", inputs, compute)
-    return results
+
+    modalities: list[str]
+    real: Slices
+    second: Slices | None
+    extractor: FeatureExtractor
+    neighbour_extractor: FeatureExtractor | None
+    seed: int
+    cache: Cache
+
+    def _compare(self, name: str, samples: dict[str, dict], inputs: Sequence, compute: Callable) -> dict[str, dict]:
+        """System → `compute(its subjects, results so far)`, or what that returned before for these inputs."""
+        results: dict[str, dict] = {}
+        for system, subjects in samples.items():
+            arrays = [subjects.get(key) for key in ("images", "masks", "structure")]
+            inputs_of_all = [*arrays, *inputs, self.modalities, self.seed]
+            results[system] = self.cache.figures(name, inputs_of_all, functools.partial(compute, subjects, results))
+        return results
+
+    def fidelity(self, samples: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
+        """[`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`] of every system, against one floor."""
+        options = dict(second=self.second, neighbour_extractor=self.neighbour_extractor, k=NEIGHBOURS, seed=self.seed)
+
+        def compute(subjects: dict[str, np.ndarray], results: dict[str, dict]) -> dict:
+            floor = next(iter(results.values()))["floor"] if results else None
+            generated = self.real, Slices(subjects["images"]), self.modalities, self.extractor
+            return evaluate_fidelity(*generated, floor=floor, cache=self.cache.folder, **options)
+
+        networks = [network and network.describe() for network in (self.extractor, self.neighbour_extractor)]
+        real = [array for one in (self.real, self.second) if one is not None for array in vars(one).values()]
+        return self._compare("fidelity", samples, [*real, networks], compute)
+
+    def alignment(
+        self, samples: dict[str, dict[str, np.ndarray]], reference: dict, segmenters: dict, max_subjects: int
+    ) -> dict[str, dict]:
+        """[`~dldm_pipeline.metrics.alignment.evaluate_alignment`] of every system.
+
+        Args:
+            samples: see above.
+            reference: what the function returned for real subjects.
+            segmenters: from [`find_segmenters`].
+            max_subjects: subjects to use at most: the maps of this measure are floats, and take more memory than images.
+        """
+
+        def compute(subjects: dict[str, np.ndarray], results: dict[str, dict]) -> dict:
+            images, masks = subjects["images"][:max_subjects], subjects.get("masks")
+            options = dict(reference=reference, seed=self.seed, segmenters=segmenters)
+            options["has_mask"] = np.full(len(images), masks is not None)
+            masks = np.zeros_like(images[:, 0], dtype=bool) if masks is None else masks[:max_subjects]
+            return evaluate_alignment(images / np.float32(255), masks, self.modalities, **options)
+
+        return self._compare("alignment", samples, [reference, _hashes(segmenters), max_subjects], compute)
+
+    def memorization(
+        self, samples: dict[str, dict[str, np.ndarray]], train: Slices, autoencoder: torch.nn.Module
+    ) -> dict[str, dict]:
+        """[`~dldm_pipeline.metrics.memorization.evaluate_memorization`] of every system, with z_struct.
+
+        Args:
+            samples: see above. The images of a system without `structure` are encoded.
+            train: slices of other subjects than the held-out ones.
+            autoencoder: a `DisentangledAutoencoder`.
+        """
+
+        @functools.cache  # built for the first system whose figures are not known
+        def memorization_filter() -> MemorizationFilter:
+            return MemorizationFilter(train, self.real, self.modalities, autoencoder, seed=self.seed)
+
+        def compute(subjects: dict[str, np.ndarray], results: dict[str, dict]) -> dict:
+            return evaluate_memorization(memorization_filter(), subjects["images"], subjects.get("structure"))
+
+        inputs = [*vars(train).values(), *vars(self.real).values(), fingerprint(autoencoder)]
+        return self._compare("memorization", samples, inputs, compute)
+
+    def spectra(self, images: np.ndarray) -> dict:
+        """Power spectrum of generated over real images, and of one half of the real subjects over the other.
+
+        Args:
+            images: uint8 (S, n, H, W).
+
+        Returns:
+            dict with `spectrum` and `spectrum_validation_halves`, see
+            [`~dldm_pipeline.metrics.reconstruction.compare_spectra`].
+        """
+
+        def powers(images: np.ndarray) -> np.ndarray:
+            return np.concatenate([radial_power_spectrum(images[i : i + 32] / 255) for i in range(0, len(images), 32)])
+
+        known = np.where(self.real.present[..., None], powers(self.real.images), np.nan)
+        first_half = np.isin(self.real.subjects, sorted(set(self.real.subjects))[::2])
+        return {
+            "spectrum": compare_spectra(known, powers(images), self.modalities),
+            "spectrum_validation_halves": compare_spectra(known[first_half], known[~first_half], self.modalities),
+        }
+
+    def steps(self, systems: dict[int, System], count: int) -> dict:
+        """Fidelity and time of one pipeline at several numbers of structure steps.
+
+        Args:
+            systems: number of steps → the pipeline with that number.
+            count: subjects at each, and of the second real sample.
+
+        Returns:
+            dict with `num_subjects`; `entries`, one a number of steps: `num_inference_steps`, `seconds_per_subject` and
+            the mean over modalities of [`~dldm_pipeline.metrics.fidelity.feature_scores`]; `floor`: those scores of the
+            second real sample, or None.
+        """
+
+        def features(slices: Slices) -> list[np.ndarray]:
+            found = []
+            for m, name in enumerate(self.modalities):
+                images = slices.images[slices.present[:, m], m]
+                found.append(self.extractor(images, cache=self.cache.folder, desc=f"{self.extractor.name}: {name}"))
+            return found
+
+        def scores(others: list[np.ndarray]) -> dict[str, float]:
+            each = [feature_scores(x, y, NEIGHBOURS) for x, y in zip(known, others, strict=True)]
+            return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+
+        known, entries, floor = features(self.real), [], None
+        for steps, system in systems.items():
+            subjects = sample(system, count, self.seed, self.cache)
+            entry = {"num_inference_steps": steps, "seconds_per_subject": float(subjects["seconds"].sum() / count)}
+            entries.append(entry | scores(features(Slices(subjects["images"]))))
+        if self.second is not None:
+            floor = scores([one[:count] for one in features(self.second)])
+        return {"num_subjects": count, "entries": entries, "floor": floor}
 
 
-def compare_alignment(
-    samples: dict[str, dict[str, np.ndarray]],
-    modalities: Sequence[str],
-    reference: dict,
-    segmenters: dict,
-    max_subjects: int,
-    seed: int,
-    cache: Cache,
-) -> dict[str, dict]:
-    """[`~dldm_pipeline.metrics.alignment.evaluate_alignment`] of every system.
-
-    Args:
-        samples: system → what [`sample`] returned.
-        modalities: the n names.
-        reference: what the function returned for real subjects.
-        segmenters: from [`find_segmenters`].
-        max_subjects: subjects to use at most: the maps of this measure are floats, and take more memory than the images.
-        seed: of the shuffling.
-        cache: keeps the figures.
-    """
-
-    def compute(images: np.ndarray, masks: np.ndarray | None) -> dict:
-        known = np.full(len(images), masks is not None)
-        masks = np.zeros((len(images), *images.shape[2:]), dtype=bool) if masks is None else masks
-        options = dict(reference=reference, seed=seed, segmenters=segmenters)
-        return evaluate_alignment(images / np.float32(255), masks, list(modalities), has_mask=known, **options)
-
-    results = {}
-    for name, drawn in samples.items():
-        part = [None if drawn.get(key) is None else drawn[key][:max_subjects] for key in ("images", "masks")]
-        inputs = [*part, modalities, reference, _weights(segmenters), seed]
-        results[name] = cache.figures("alignment", inputs, functools.partial(compute, *part))
-    return results
-
-
-def compare_memorization(
-    samples: dict[str, dict[str, np.ndarray]],
-    train: Slices,
-    held_out: Slices,
-    modalities: Sequence[str],
-    autoencoder: torch.nn.Module,
-    seed: int,
-    cache: Cache,
-) -> dict[str, dict]:
-    """[`~dldm_pipeline.metrics.memorization.evaluate_memorization`] of every system, with z_struct.
-
-    Args:
-        samples: system → what [`sample`] returned. The images of a system without `structure` are encoded.
-        train, held_out: slices of different subjects.
-        modalities: the n names.
-        autoencoder: a `DisentangledAutoencoder`.
-        seed: of the split of the held-out subjects.
-        cache: keeps the figures.
-    """
-
-    @functools.cache  # built for the first system whose figures are not known
-    def memorization_filter() -> MemorizationFilter:
-        return MemorizationFilter(train, held_out, modalities, autoencoder, seed=seed)
-
-    def compute(images: np.ndarray, structure: np.ndarray | None) -> dict:
-        return evaluate_memorization(memorization_filter(), images, structure)
-
-    results = {}
-    for name, drawn in samples.items():
-        part = [drawn["images"], drawn.get("structure")]
-        inputs = [*part, *vars(train).values(), *vars(held_out).values(), modalities, fingerprint(autoencoder), seed]
-        results[name] = cache.figures("memorization", inputs, functools.partial(compute, *part))
-    return results
-
-
-def compare_spectra_of(real: Slices, images: np.ndarray, modalities: Sequence[str]) -> dict:
-    """Power spectrum of generated over real images, and of one half of the real subjects over the other.
-
-    Args:
-        real: held-out slices.
-        images: uint8 (S, n, H, W).
-        modalities: the n names.
-
-    Returns:
-        dict with `spectrum` and `spectrum_validation_halves`, see
-        [`~dldm_pipeline.metrics.reconstruction.compare_spectra`].
-    """
-
-    def spectra(images: np.ndarray) -> np.ndarray:
-        return np.concatenate([radial_power_spectrum(images[i : i + 32] / 255) for i in range(0, len(images), 32)])
-
-    known = np.where(real.present[..., None], spectra(real.images), np.nan)
-    first_half = np.isin(real.subjects, sorted(set(real.subjects))[::2])
-    return {
-        "spectrum": compare_spectra(known, spectra(images), list(modalities)),
-        "spectrum_validation_halves": compare_spectra(known[first_half], known[~first_half], list(modalities)),
-    }
-
-
-def compare_steps(
-    systems: dict[int, System],
-    count: int,
-    real: Slices,
-    second: Slices | None,
-    modalities: Sequence[str],
-    extractor: FeatureExtractor,
-    seed: int,
-    cache: Cache,
-) -> dict:
-    """Fidelity and time of one pipeline at several numbers of structure steps.
-
-    Args:
-        systems: number of steps → the pipeline with that number.
-        count: subjects to draw at each.
-        real, second: held-out slices, and others for the floor, which is cut to `count` of them, or None.
-        modalities: the n names.
-        extractor: of features.
-        seed: of the first subject.
-        cache: keeps images and features.
-
-    Returns:
-        dict with `num_subjects`; `entries`, one a number of steps: `num_inference_steps`, `seconds_per_subject` and the
-        mean over modalities of [`~dldm_pipeline.metrics.fidelity.feature_scores`]; `floor`: those scores, or None.
-    """
-
-    def features(images: np.ndarray, present: np.ndarray | None = None) -> list[np.ndarray]:
-        present = np.ones(images.shape[:2], dtype=bool) if present is None else present
-        return [
-            extractor(images[present[:, m], m], cache=cache.folder, desc=f"{extractor.name}: {name}")
-            for m, name in enumerate(modalities)
-        ]
-
-    known = features(real.images, real.present)
-
-    def scores(others: list[np.ndarray]) -> dict[str, float]:
-        each = [feature_scores(x, y, NEIGHBOURS) for x, y in zip(known, others, strict=True)]
-        return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
-
-    entries = []
-    for steps, system in systems.items():
-        drawn = sample(system, count, seed, cache)
-        entry = {"num_inference_steps": steps, "seconds_per_subject": float(drawn["seconds"].sum() / count)}
-        entries.append(entry | scores(features(drawn["images"])))
-    floor = None
-    if second is not None:
-        floor = scores([one[:count] for one in features(second.images, second.present)])
-    return {"num_subjects": count, "entries": entries, "floor": floor}
-
-
-def _weights(segmenters: dict[str, torch.nn.Module]) -> list[str]:
+def _hashes(segmenters: dict[str, torch.nn.Module]) -> list[str]:
     return [hash_weights(segmenter) for segmenter in segmenters.values()]

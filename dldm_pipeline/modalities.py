@@ -78,9 +78,8 @@ def find_modality(filename: str) -> str | None:
     """
     name = re.split(r"[/\\]", filename)[-1].lower()
     name = re.sub(r"\.(nii|nii\.gz|dcm|ima|mgz|img|hdr)$", "", name)
-    raw = [word for word in re.split(r"[^a-z0-9]+", name) if word]
     words: list[str] = []
-    for word in raw:
+    for word in re.findall(r"[a-z0-9]+", name):
         if words and (words[-1], word) in _JOINED:
             words[-1] = _JOINED[words[-1], word]
         elif words and words[-1] in _NAMES_SOMETHING_ELSE:
@@ -112,19 +111,13 @@ def find_modality(filename: str) -> str | None:
 
 
 def check_modalities(names: Iterable[str], known_only: bool = False) -> tuple[str, ...]:
-    """Check a list of modality names and return it as a tuple.
+    """Check a list of modality names, in the wanted order, and return it as a tuple.
 
-    Args:
-        names (`Iterable[str]`): Modality names in the wanted order.
-        known_only (`bool`, *optional*, defaults to `False`): Also refuse names that are not in
-            `CANONICAL_MODALITIES`, as the scripts do that look for them in file names.
-
-    Returns:
-        `tuple[str, ...]`: The same names in the same order.
+    With `known_only`, names that are not in `CANONICAL_MODALITIES` are also refused, for scripts that look for them in
+    file names.
 
     Raises:
-        ValueError: If the list is empty, a name is repeated, reserved, not fit for a file name, or (with
-            `known_only`) unknown.
+        ValueError: If the list is empty, a name is repeated, reserved, not fit for a file name, or unknown.
     """
     if isinstance(names, str):
         raise ValueError(f"modalities must be a list of names, got the string {names!r}; write [{names!r}].")
@@ -136,13 +129,11 @@ def check_modalities(names: Iterable[str], known_only: bool = False) -> tuple[st
             raise ValueError(f"modality name {name!r} is not usable; take letters, digits, '_', '+' and '-' only.")
         if name in RESERVED_NAMES:
             raise ValueError(f"{name!r} cannot be a modality: the data have another column of that name; rename it.")
+        if known_only and name not in CANONICAL_MODALITIES:
+            meant = find_modality(name)
+            hint = f"; did you mean {meant}?" if meant in CANONICAL_MODALITIES else "."
+            raise ValueError(f"unknown modality {name!r}; known are {', '.join(CANONICAL_MODALITIES)}{hint}")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"modalities {list(names)} names {', '.join(repeated)} twice; name each modality once.")
-    if known_only:
-        for name in names:
-            if name not in CANONICAL_MODALITIES:
-                meant = find_modality(name)
-                hint = f"did you mean {meant}?" if meant in CANONICAL_MODALITIES else "see dldm_pipeline/modalities.py."
-                raise ValueError(f"unknown modality {name!r}; known are {', '.join(CANONICAL_MODALITIES)}: {hint}")
     return names

@@ -1,11 +1,17 @@
 """What the scripts share: errors in one line, and where a pipeline comes from."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 from safetensors import SafetensorError
 
 from dldm_pipeline import BUNDLED_CHECKPOINT
 from dldm_pipeline.cli import exit_on_user_error, find_pipeline
 from dldm_pipeline.hub import push_folder
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, OSError, ImportError, SafetensorError])
@@ -34,3 +40,11 @@ def test_pipelines_are_bundled_or_folders_or_come_from_the_hub(hub, tiny_pipelin
     for name in ("nowhere", "./no/where", "/nowhere", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="nowhere|no/where|a/b/c.*: no such folder; give one that"):
             find_pipeline(name)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_help_says_how_it_is_called(example, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [example.name, "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(example), run_name="__main__")
+    assert f"python examples/{example.name}" in capsys.readouterr().out

@@ -37,15 +37,6 @@ def refused(script, capsys) -> Callable[..., str]:
 
 
 @pytest.fixture
-def usage(script, capsys) -> str:
-    """What `--help` prints."""
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--help"])
-    assert not stop.value.code
-    return capsys.readouterr().out
-
-
-@pytest.fixture
 def pipeline_folder(tiny_pipeline, tmp_path) -> Path:
     tiny_pipeline.save_pretrained(tmp_path / "pipeline")
     return tmp_path / "pipeline"

@@ -171,9 +171,8 @@ def test_packs_one_marked_subject(script, pipeline, pipeline_folder):
     assert next(packages, None) is None and not path.parent.exists()
 
 
-def test_bad_arguments_are_one_line(refused, usage):
-    assert "--pipeline ./nowhere: no such folder" in refused("--pipeline", "./nowhere")
-    assert "http://localhost:7860" in usage
+def test_bad_arguments_are_one_line(refused):
+    assert "--pipeline nowhere: no such folder" in refused("--pipeline", "./nowhere")
 
 
 # -- the page

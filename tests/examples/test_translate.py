@@ -49,11 +49,6 @@ def test_simulated_subjects_by_default(script, refused, words, tmp_path, capsys)
     assert manifest["synthetic"] is True and manifest["modalities"] == ["T2"]
     assert manifest["settings"]["given"] == ["T1", "WB"] and manifest["seed"] == 0
     assert manifest["settings"]["sources"] == ["phantom-000000, slice 0", "phantom-000001, slice 0"]
-    assert sorted(path.name for path in (out / "synthetic-0001").iterdir()) == [
-        f"synthetic-0001_{kind}{end}" for kind in ("seg", "t2") for end in (".nii.gz", ".png")
-    ]
-    height, width, _ = pixels(out / "sheet.png").shape  # T1, WB, T2 filled in, T2 real, tumour: five columns, two rows
-    assert 5 * 128 < width < 7 * 128 and 2 * 128 < height < 3 * 128
     assert "--overwrite" in refused(*words, "--pipeline", "./nowhere")  # said before anything is loaded
     script.main([*words, "--overwrite", "--given", "T2"])
     assert json.loads((out / "manifest.json").read_text())["modalities"] == ["T1", "WB"]
@@ -66,49 +61,45 @@ def test_fills_in_what_a_folder_lacks(script, words, tmp_path):
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["settings"]["sources"] == [f"patient, slice {k}" for k in range(6, 10)] and len(rows) == 4
     assert manifest["pixel_spacing_mm"] == list(rows[0]["pixel_spacing"])
+    assert "from other images of the subject" in manifest["notice"]  # it does show the patient's anatomy
 
+    given = {name: np.stack([row[name] for row in rows]) for name in ("T1", "WB")}
+    generators = [torch.Generator().manual_seed(3) for _ in rows]  # slices of one scan look alike
     pipeline = DLDMTranslationPipeline.from_pretrained(words[1])
-    expected = pipeline(
-        {name: np.stack([row[name] for row in rows]) for name in ("T1", "WB")},
-        num_inference_steps=1,
-        generator=[torch.Generator().manual_seed(3) for _ in rows],  # slices of one scan look alike
-        output_type="np",
-    )
+    expected = pipeline(given, num_inference_steps=1, generator=generators, output_type="np")
     for k, subject in enumerate(manifest["subjects"]):
         assert list(subject["files"]) == ["T2", "mask"]
         wanted = np.rint(expected.images[k, 0] * 65535).astype(np.uint16)
         assert np.array_equal(pixels(out / subject["files"]["T2"]["png"]), wanted)
         assert np.array_equal(pixels(out / subject["files"]["mask"]["png"]) > 0, expected.masks[k])
-    with Image.open(out / subject["files"]["T2"]["png"]) as png:  # it does show the patient's anatomy
-        assert manifest["notice"] == png.text["Description"]
-    assert "from other images of the subject" in manifest["notice"]
 
 
 def test_sheet_shows_given_filled_in_and_real(script, words, tmp_path, capsys):
-    folder = make_subject(tmp_path / "patient", ("t1", "t2", "wb"), mask=False)
+    folder, out = make_subject(tmp_path / "patient", ("t1", "t2", "wb"), mask=False), tmp_path / "out"
     script.main([str(folder), *words, "--given", "WB", "--modalities", "T1"])
     assert "note: no mask: all slices" in capsys.readouterr().out
     rows, _ = read_scan(find_scans(folder)[0], ["T1", "T2", "WB"], 32)
-    files = [subject["files"] for subject in json.loads((tmp_path / "out" / "manifest.json").read_text())["subjects"]]
+    files = [subject["files"] for subject in json.loads((out / "manifest.json").read_text())["subjects"]]
     assert len(rows) == len(files) == 12
-    filled = [pixels(tmp_path / "out" / file["T1"]["png"]) / 65535 for file in files]
-    contact_sheet(
-        [[row["WB"], image, row["T1"]] for row, image in zip(rows, filled, strict=True)],
-        [pixels(tmp_path / "out" / file["mask"]["png"]) for file in files],
-        ["WB given", "T1 filled in", "T1 real"],
-        [f"synthetic-{k:04d}" for k in range(len(rows))],
-        tmp_path / "expected.png",
-    )
-    sheet, expected = (pixels(path).astype(int) for path in (tmp_path / "out" / "sheet.png", tmp_path / "expected.png"))
+    filled = [pixels(out / file["T1"]["png"]) / 65535 for file in files]
+    masks = [pixels(out / file["mask"]["png"]) for file in files]
+    images = [[row["WB"], image, row["T1"]] for row, image in zip(rows, filled, strict=True)]
+    names = [f"synthetic-{k:04d}" for k in range(len(rows))]
+    contact_sheet(images, masks, ["WB given", "T1 filled in", "T1 real"], names, tmp_path / "expected.png")
+    sheet, expected = (pixels(path).astype(int) for path in (out / "sheet.png", tmp_path / "expected.png"))
     assert sheet.shape == expected.shape and np.abs(sheet - expected).max() <= 1  # files hold 16 bits
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(refused, words, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_subject(tmp_path / "several" / "one")
-    make_subject(tmp_path / "several" / "two")
-    make_subject(tmp_path / "foreign", ("flair",))
-    make_subject(tmp_path / "complete", ("t1", "t2", "wb"))
+    folders = {
+        "several/one": ("t1", "wb"),
+        "several/two": ("t1",),
+        "foreign": ("flair",),
+        "complete": ("t1", "t2", "wb"),
+    }
+    for name, sequences in folders.items():
+        make_subject(tmp_path / name, sequences)
     for more, message in (
         (["nowhere"], "nowhere does not exist"),
         (["several"], "several holds 2 subjects, one and others; give the folder of one"),
@@ -125,7 +116,3 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, words, pipeline_folde
     config = pipeline_folder / "autoencoder" / "config.json"
     config.write_text(config.read_text().replace('"WB"', '"T1CE"'))
     assert "T1, T2, T1CE cannot be simulated; give SUBJECT_FOLDER" in refused(*words)
-
-
-def test_help_teaches(usage):
-    assert "python examples/translate.py SUBJECT_FOLDER" in usage and "sheet.png" in usage

@@ -180,6 +180,9 @@ def test_pipeline_from_pipe_keeps_configuration_and_images(pipe):
     other = DLDMTranslationPipeline if type(pipe) is DLDMPipeline else DLDMPipeline
     expected = call(pipe).images
     back = silent(type(pipe).from_pipe(other.from_pipe(pipe)))
+    assert all(back.components[name] is component for name, component in pipe.components.items())
+    replaced = scheduler("DDPMScheduler", pipe)
+    assert other.from_pipe(pipe, scheduler=replaced).scheduler is replaced
     public = [{k: v for k, v in p.config.items() if not k.startswith("_")} for p in (pipe, back)]
     assert public[0] == public[1] and set(pipe.components) == {"autoencoder", "unet", "scheduler"}
     assert torch.equal(call(back).images, expected) and torch.equal(call(pipe).images, expected)

@@ -42,7 +42,6 @@ class HubServer:
     """
 
     def __init__(self):
-        self.lock = threading.Lock()
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
@@ -94,20 +93,19 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query, request = parse_qs(url.query), f"{self.command} {url.path}"
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        with self.hub.lock:
-            self.hub.requests.append(request)
-            if self.hub.break_at and re.search(self.hub.break_at, request):
-                self.close_connection = True
-                return
-            try:
-                for pattern, action in ROUTES:
-                    if match := re.fullmatch(pattern, request):
-                        parts = {name: unquote(part) for name, part in match.groupdict().items() if part}
-                        return action(self, **parts)
-                raise HubError(404, "NoSuchRoute")
-            except HubError as error:
-                status, code = error.args
-                self.answer({"error": code}, status, {"X-Error-Code": code, "X-Error-Message": code})
+        self.hub.requests.append(request)
+        if self.hub.break_at and re.search(self.hub.break_at, request):
+            self.close_connection = True
+            return
+        try:
+            for pattern, action in ROUTES:
+                if match := re.fullmatch(pattern, request):
+                    parts = {name: unquote(part) for name, part in match.groupdict().items() if part}
+                    return action(self, **parts)
+            raise HubError(404, "NoSuchRoute")
+        except HubError as error:
+            status, code = error.args
+            self.answer({"error": code}, status, {"X-Error-Code": code, "X-Error-Message": code})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 

@@ -95,31 +95,31 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
 
     One encoder is shared by all modalities and told which one it sees. Its features are fused over the modalities present by
     a learned weighting at every position, so that any non-empty subset gives a structure. No convolution runs at full size:
-    the image is patchified first (as in deep-compression autoencoders, Chen et al. 2024), then each grid has half the size
+    the image is patchified first (as in deep-compression autoencoders, Chen et al. 2024), then each level has half the size
     of the one before, down to that of the latents. The decoder's trunk sees the structure alone and runs once a subject; a
-    small head modulated by one style renders one image. Beside both runs a linear map: of all pixels of a place to its
-    structure, and of structure to pixels, its matrix a sum that the style weighs.
+    small head modulated by one style renders one image. A linear map runs beside both: from all pixels of a place to its
+    structure, and from structure to pixels, where the style weighs a sum of matrices.
 
     Args:
         modalities: names of the n modalities, in the order of the images' second axis.
-        sample_size: height and width of the images in pixels; must divide by `patch_size * 2 ** (grids - 1)`, the number
+        sample_size: height and width of the images in pixels; must divide by `patch_size * 2 ** (levels - 1)`, the number
             of pixels that a place of the latents stands for in each direction.
         patch_size: side of the patches that become channels.
         structure_channels: channels c_s of z_struct.
         style_channels: length c_t of each z_style, a vector, which cannot carry anatomy.
-        encoder_channels: widths of the encoder's grids, from `sample_size / patch_size` down to the latents' size.
-        decoder_channels: widths of the decoder's grids, as many, from the latents' size up.
-        encoder_blocks, decoder_blocks: residual blocks on each grid of the encoder (each modality) and of the decoder's trunk.
+        encoder_channels: widths of the encoder's levels, from `sample_size / patch_size` down to the latents' size.
+        decoder_channels: widths of the decoder's levels, as many, from the latents' size up.
+        encoder_blocks, decoder_blocks: residual blocks on each level, of the encoder and of the decoder's trunk.
         head_channels: width of the part that runs once for each image.
         structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
             over the whole training set at the end of training; None until then.
         style_shift, style_scale: c_t values, likewise.
-        noise_level: n values, the deviation of the scanner's noise in each modality's images, which rebuilt images
-            lack. A decoder can only return the mean of what it cannot foresee; `DLDMPipeline` adds the noise that was there.
+        noise_level: n values, the standard deviation of the scanner's noise in each modality's images. A decoder trained with
+            squared error predicts the mean, so rebuilt images lack it; `DLDMPipeline` adds as much.
 
     Raises:
-        ValueError: on a size that does not divide, an encoder and a decoder of different depth, or
-            empty or duplicate modality names.
+        ValueError: on a size that does not divide, an encoder and a decoder of different depth, or empty or duplicate
+            modality names.
     """
 
     _supports_gradient_checkpointing = True
@@ -156,13 +156,13 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         if not encoder_channels or len(encoder_channels) != len(decoder_channels):
             raise ValueError(
                 f"`encoder_channels` {list(encoder_channels)} and `decoder_channels` {list(decoder_channels)} must name one "
-                "width for each grid, as many in both."
+                "width for each level, as many in both."
             )
         ratio = self.spatial_compression_ratio
         if sample_size % ratio:
             raise ValueError(
                 f"`sample_size` {sample_size} does not divide by {ratio}, `patch_size` {patch_size} doubled with each of the "
-                f"{len(encoder_channels)} grids but the first; take {max(1, sample_size // ratio) * ratio} or another "
+                f"{len(encoder_channels)} levels but the first; take {max(1, sample_size // ratio) * ratio} or another "
                 "`patch_size`."
             )
         n, patch_channels = len(modalities), patch_size**2
@@ -177,8 +177,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.encoder_down = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for fine, coarse in pairwise(encoder_channels))
         self.fusion_weight = nn.Conv2d(e1, e1, 1)
         self.fusion = nn.ModuleList(ResBlock(e1) for _ in range(encoder_blocks))
-        # Beside the network a linear map, here to the structure and in the decoder back: what a linear map can do, the network
-        # is slow to learn.
+        # Linear maps beside the network, here to the structure and in the decoder back: a network is slow to learn what a
+        # linear map can do.
         self.encoder_linear = nn.Conv2d(n * ratio**2, structure_channels, 1)
         self.structure_out = nn.Sequential(nn.GroupNorm(8, e1), nn.SiLU(), nn.Conv2d(e1, 2 * structure_channels, 1))
         self.style_out = nn.Sequential(nn.Conv2d(e1, e1, 1), nn.SiLU(), nn.Conv2d(e1, 2 * style_channels, 1))
@@ -209,13 +209,13 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         offset = torch.zeros(n, structure_channels, self.latent_size, self.latent_size)
         self.register_buffer("structure_offset", offset)
         for head, channels in ((self.structure_out[-1], structure_channels), (self.style_out[-1], style_channels)):
-            # Posteriors start narrow (deviation 0.05), or their noise would drown the first signal.
+            # Posteriors start narrow (standard deviation 0.05), or their noise would hide the first signal.
             nn.init.constant_(head.bias[channels:], -6.0)
-        # An autoencoder saved without linear maps goes on as it was when it is trained further.
+        # The linear maps start at zero and grow with training.
         for layer in (self.encoder_linear, self.decoder_linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        # All is foreground at first, or nothing would reach the images.
+        # At first all is foreground, or no image would have a gradient.
         nn.init.zeros_(self.foreground_out[-1].weight)
         nn.init.constant_(self.foreground_out[-1].bias, 3.0)
 
@@ -283,7 +283,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
                 f"got {tuple(images.shape)}."
             )
         batch = images.shape[0]
-        # The module is called, and not its weight read: that is what the hooks of offloading wait for.
+        # The module is called, not its weight read, because the hooks of offloading act on calls.
         condition = self.modality_embedding(torch.arange(n, device=images.device)).repeat(batch, 1)[:, :, None, None]
         h = F.pixel_unshuffle(images.reshape(batch * n, 1, size, size), self.config.patch_size)
         h = self._run(self.encoder_grids[0], self.encoder_in(h), condition)
@@ -292,7 +292,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
 
         style_dist = StyleDistribution(self.style_out(h.mean(dim=(2, 3), keepdim=True)), n)
         features = h.unflatten(0, (batch, n))
-        # Brought to about zero mean and unit deviation.
+        # Scaled to about zero mean and unit standard deviation.
         blocks = F.pixel_unshuffle(4 * images - 1, self.spatial_compression_ratio).unflatten(1, (n, -1))
         weight = self.fusion_weight(h).unflatten(0, (batch, n))
         outputs = []
@@ -301,7 +301,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             if present is not None:
                 if present.shape != (batch, n):
                     raise ValueError(f"`present` must be (subjects, {n}) = ({batch}, {n}), got {tuple(present.shape)}.")
-                # Compiled, this would break the graph: a program cannot raise by what is in a tensor.
+                # A compiled program cannot raise an error that depends on a tensor's values.
                 if not torch.compiler.is_compiling() and not present.any(dim=1).all():
                     raise ValueError("`present` has a subject without any modality; at least one must be present.")
                 w = w.masked_fill(~present[:, :, None, None, None], float("-inf"))
@@ -309,9 +309,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             mean, logvar = self.structure_out(z).chunk(2, dim=1)
             pixels = blocks
             if present is not None:
-                # The sum over those present stands for that over all.
-                share = n * present / present.sum(dim=1, keepdim=True)
-                pixels = blocks * share[:, :, None, None, None].to(blocks.dtype)
+                # The sum over those present, scaled to that over all.
+                weights = n * present / present.sum(dim=1, keepdim=True)
+                pixels = blocks * weights[:, :, None, None, None].to(blocks.dtype)
             mean = mean + self.encoder_linear(pixels.flatten(1, 2))
             structure_dist = DiagonalGaussianDistribution(torch.cat([mean - self._offset(present), logvar], dim=1))
             outputs.append(DisentangledEncoderOutput(structure_dist=structure_dist, style_dist=style_dist))
@@ -326,13 +326,13 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         return h
 
     def _offset(self, present: torch.Tensor | None) -> torch.Tensor | float:
-        # Exact for one modality and (zero) for all; between them it falls with the number k present like an average does.
+        # Exact for one modality, and zero for all; in between it falls with the number k of modalities as an average does.
         n = self.num_modalities
         if present is None or n == 1:
             return 0.0
-        share = present.to(self.structure_offset.dtype)
-        k = share.sum(dim=1)[:, None, None, None]
-        mean = torch.einsum("bm,mchw->bchw", share, self.structure_offset) / k
+        weights = present.to(self.structure_offset.dtype)
+        k = weights.sum(dim=1)[:, None, None, None]
+        mean = torch.einsum("bm,mchw->bchw", weights, self.structure_offset) / k
         return mean - self.structure_offset.mean(dim=0) * (1 - 1 / k) * n / (n - 1)
 
     @apply_forward_hook

@@ -44,7 +44,7 @@ def test_styles_are_sampled_around_their_mode():
 @pytest.mark.parametrize(
     ("patch_size", "widths", "grid"), [(4, (8,), 8), (2, (8, 16), 8), (2, (8, 16, 24), 4), (1, (8, 8, 16, 24), 4)]
 )
-def test_grids_are_as_many_as_widths(patch_size, widths, grid):
+def test_levels_are_as_many_as_widths(patch_size, widths, grid):
     """Each has half the size of the one before, and everything in an image can reach the rebuilt one."""
     model = build(patch_size=patch_size, encoder_channels=widths, decoder_channels=widths[::-1])
     images = torch.rand(1, 3, 32, 32)

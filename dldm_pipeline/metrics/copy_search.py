@@ -1,11 +1,10 @@
 """Search for copies: the nearest training slice of an image, whatever its contrast, flip or shift.
 
-What is correlated is the *orientation* of the edges, not the intensities: a curve that remaps the intensities (gamma, window,
-inversion) changes how steep an edge is and which side is brighter, but not which way it runs. z_struct is compared
-through the decoder: each anatomy is rendered under one and the same appearance ([`StructureRenderer`]) and searched like
-an image. The latent array itself knows no flips, and a shift by less than one of its cells changes it beyond recognition.
+The *orientation* of the edges is correlated, not the intensities: a remapping of the intensities (gamma, window, inversion)
+does not change it. z_struct is compared through the decoder: each anatomy is rendered under one appearance
+([`StructureRenderer`]) and searched like an image, because a flip or a small shift changes the latent array itself too much.
 
-A copy that was rotated, scaled or bent by more than a pixel or two, or of which a part alone was taken, is not found.
+A copy that was rotated, scaled or bent by more than a pixel or two, or of which only a part was taken, is not found.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from .images import Slices, to_uint8
 
 FLIPS = ((), (-1,), (-2,), (-2, -1))  # axes of the image
 
-# Lengths are in pixels of a 128-pixel image and scaled to images of another size, so that figures mean the same there.
+# Lengths are in pixels of a 128-pixel image and scaled to images of another size.
+_MAX_SHIFT = 10  # largest shift in either direction
 _EDGE_WIDTH = 1.5  # standard deviation of the Gaussian whose derivative finds the edges
-_FLAT = (
-    0.5  # an edge of this fraction of the mean steepness counts half: flat tissue, where noise dominates, counts little
-)
+_FLAT = 0.5  # an edge of this fraction of the mean steepness counts half: flat tissue is mostly noise
 _FREQUENCIES = 8  # the coarse search keeps this many cycles per image, up to 16 pixels a wave...
-_COARSE_STEP = 5.0  # ...and therefore need not try every shift
+_COARSE_SHIFTS = 5  # ...and so needs only this many shifts along each axis
+_CANDIDATES = 3  # how many of the best go on to full resolution
+_BATCH_SIZE = 32  # slices at a time
 
 
 def orientation_field(images: torch.Tensor) -> torch.Tensor:
-    """Which way the edges run, whatever the contrast.
+    """Orientation of the edges, whatever the contrast; after the normalised gradient fields of Haber and Modersitzki (2006).
 
     The gradient of the smoothed image as a complex number g, squared, over |g|² plus a floor. An edge has about unit size
-    and twice its angle, so that the two sides of an edge can be exchanged; flat regions are near zero. After the
-    normalised gradient fields of Haber and Modersitzki (MICCAI 2006).
+    and twice its angle, so that its two sides can be exchanged; flat regions are near zero.
 
     Args:
         images: (N, H, W), any scale of intensities.
@@ -58,10 +57,7 @@ def orientation_field(images: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def _edge_filters(side: int, shorter: int) -> tuple[np.ndarray, np.ndarray]:
-    """A Gaussian and its derivative as (side, side) float32 matrices; the border pixel is repeated outwards.
-
-    As matrices they are several times faster on small images than convolutions of one channel.
-    """
+    """A Gaussian and its derivative as (side, side) matrices, on small images faster than convolutions of one channel."""
     sigma = _EDGE_WIDTH * shorter / 128
     both = (ndimage.gaussian_filter1d(np.eye(side), sigma, axis=0, order=o, mode="nearest") for o in (0, 1))
     return tuple(np.ascontiguousarray(matrix, dtype=np.float32) for matrix in both)
@@ -90,39 +86,26 @@ class CopySearch:
     """Finds the most similar of N reference slices under flips and shifts, channel by channel.
 
     All pairs are compared on the low frequencies of their [`orientation_field`], for every flip and a coarse set of
-    shifts, by one matrix product; the best few again at full resolution, at every shift. The search keeps the 8-bit
-    images and about 600 numbers for each; nothing else grows with N but one block of scores.
+    shifts; the best few again at full resolution, at every shift up to 10 pixels of a 128-pixel image.
 
     Args:
         reference: N slices with C channels.
-        max_shift: largest shift in pixels of a 128-pixel image, in either direction.
-        candidates: how many of the best go on to full resolution.
-
-    Raises:
-        ValueError: on an argument that does not fit, named in the message.
     """
 
-    def __init__(self, reference: Slices, max_shift: float = 10.0, candidates: int = 3) -> None:
-        if not 0 <= max_shift <= 32:
-            raise ValueError(f"max_shift={max_shift}: give pixels of a 128-pixel image from 0 to 32, such as 10.")
-        if candidates < 1:
-            raise ValueError(f"candidates={candidates}: at least one must go on to full resolution, such as 3.")
+    def __init__(self, reference: Slices) -> None:
         self.images, self.present, self.subjects = reference.images, reference.present, reference.names("slice")
         count, channels, height, width = self.images.shape
-        self.candidates = min(candidates, count)
-        self.max_shift = round(max_shift * min(height, width) / 128)
+        self._max_shift = round(_MAX_SHIFT * min(height, width) / 128)
 
         keep = min(_FREQUENCIES, (min(height, width) - 1) // 2)
         self._frequencies = torch.arange(-keep, keep + 1)
-        steps = int(np.ceil(max_shift / _COARSE_STEP))
-        shifts = torch.linspace(-self.max_shift, self.max_shift, 2 * steps + 1) if steps else torch.zeros(1)
+        shifts = torch.linspace(-self._max_shift, self._max_shift, _COARSE_SHIFTS)
         # A shift turns the phase of each frequency.
-        turns = (torch.exp(-2j * torch.pi * shifts[:, None] * self._frequencies / side) for side in (height, width))
-        turn_y, turn_x = turns
+        turn_y, turn_x = (torch.exp(-2j * torch.pi * shifts[:, None] * self._frequencies / n) for n in (height, width))
         self._turns = (turn_y[:, None, :, None] * turn_x[None, :, None, :]).flatten(0, 1).to(torch.complex64)
         self._coarse = torch.empty(channels, count, 2 * len(self._frequencies) ** 2)
-        for start in range(0, count, 64):
-            rows = slice(start, start + 64)
+        for start in range(0, count, _BATCH_SIZE):
+            rows = slice(start, start + _BATCH_SIZE)
             for channel in range(channels):
                 field = orientation_field(torch.from_numpy(self.images[rows, channel]))
                 self._coarse[channel, rows] = _as_vectors(self._low(torch.fft.fft2(field)))
@@ -137,7 +120,6 @@ class CopySearch:
         self,
         queries: Slices,
         other_subjects: bool = False,
-        batch_size: int = 32,
         progress: bool = True,
         description: str = "search",
     ) -> Matches:
@@ -146,7 +128,6 @@ class CopySearch:
         Args:
             queries: Q slices of the reference's channels and size.
             other_subjects: do not compare a query with reference slices of its own subject.
-            batch_size: queries at a time.
             progress, description: show a progress bar, and its text.
 
         Raises:
@@ -158,19 +139,19 @@ class CopySearch:
                 f"images have shape {images.shape}; it must be (queries, *{self.images.shape[1:]}) as the reference is."
             )
         count, channels = images.shape[:2]
-        names = queries.names("slice") if other_subjects else None
+        names = queries.names("slice")
         found = Matches(
             similarity=np.full((count, channels), np.nan),
             index=np.full((count, channels), -1),
             flip=np.zeros((count, channels, 2), dtype=bool),
             shift=np.zeros((count, channels, 2), dtype=int),
         )
-        for start in tqdm(range(0, count, batch_size), desc=description, disable=not progress):
+        for start in tqdm(range(0, count, _BATCH_SIZE), desc=description, disable=not progress):
             for channel in range(channels):
-                rows = start + np.flatnonzero(queries.present[start : start + batch_size, channel])
+                rows = start + np.flatnonzero(queries.present[start : start + _BATCH_SIZE, channel])
                 allowed = np.repeat(self.present[None, :, channel], len(rows), axis=0)
-                if names is not None:
-                    allowed &= names[rows, None] != self.subjects[None, :]
+                if other_subjects:
+                    allowed &= names[rows, None] != self.subjects
                 rows, allowed = rows[allowed.any(axis=1)], allowed[allowed.any(axis=1)]
                 if len(rows):
                     self._search_channel(images, rows, channel, torch.from_numpy(allowed), found)
@@ -193,15 +174,15 @@ class CopySearch:
             spectra.append(spectrum)
             vectors.append(turned)
         best.masked_fill_(~allowed, -torch.inf)
-        candidates = best.topk(self.candidates, dim=1).indices
+        candidates = best.topk(min(_CANDIDATES, len(self.images)), dim=1).indices
         near = self._coarse[channel][candidates]  # (rows, candidates, numbers)
         by_flip = torch.stack([torch.einsum("srd,rkd->rks", turned, near).amax(dim=2) for turned in vectors])
         flips = by_flip.argmax(dim=0)
 
         # Fine: the best few at full resolution, in the flip found, at every whole shift.
-        spectra, reach = torch.stack(spectra), self.max_shift
+        spectra, reach = torch.stack(spectra), self._max_shift
         similarity, place = torch.empty(candidates.shape), torch.empty(candidates.shape, dtype=torch.long)
-        for k in range(self.candidates):
+        for k in range(candidates.shape[1]):
             query = spectra[flips[:, k], torch.arange(len(rows))]
             stored = torch.from_numpy(self.images[candidates[:, k].numpy(), channel])
             reference = torch.fft.fft2(orientation_field(stored))
@@ -233,11 +214,10 @@ class StructureRenderer:
     Args:
         autoencoder: a `DisentangledAutoencoder` in evaluation mode, on the device to use.
         train: training slices of its modalities.
-        batch_size: slices per call of the autoencoder.
     """
 
-    def __init__(self, autoencoder: torch.nn.Module, train: Slices, batch_size: int = 16) -> None:
-        self.autoencoder, self.batch_size = autoencoder, batch_size
+    def __init__(self, autoencoder: torch.nn.Module, train: Slices) -> None:
+        self.autoencoder = autoencoder
         modality = train.present.any(axis=0).argmax()
         known = np.flatnonzero(train.present[:, modality])
         # A mean needs no more than 256 of them.
@@ -246,7 +226,7 @@ class StructureRenderer:
         self.style = torch.cat(styles)[:, modality].mean(dim=0)
 
     def _batches(self, rows: np.ndarray) -> list[np.ndarray]:
-        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return [rows[start : start + 16] for start in range(0, len(rows), 16)]
 
     @torch.no_grad()
     def _encode(self, images: np.ndarray, present: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,7 +240,7 @@ class StructureRenderer:
     def render(self, structure: torch.Tensor | np.ndarray) -> np.ndarray:
         """z_struct (S, c_s, h, w), in the autoencoder's own scale, as images: uint8 (S, H, W)."""
         images = []
-        for z in torch.as_tensor(structure).split(self.batch_size):
+        for z in torch.as_tensor(structure).split(16):
             z = z.to(self.autoencoder.device, self.autoencoder.dtype)
             sample = self.autoencoder.decode(z, self.style.expand(len(z), 1, *self.style.shape)).sample[:, 0]
             images.append(to_uint8(sample.float().clamp(0, 1)))

@@ -1,7 +1,6 @@
 """Diversity of images: mean MS-SSIM over pairs of different subjects (Odena et al. 2017).
 
-The more alike the subjects, the higher it is. It has no best value: compare it with that of real images. A clearly higher
-one means that the model repeats itself.
+It has no best value: compare it with that of real images. A clearly higher one means that the model repeats itself.
 """
 
 from __future__ import annotations
@@ -17,12 +16,9 @@ from .images import check_images
 def subject_pairs(subjects: Sequence[str], num_pairs: int, seed: int = 0) -> np.ndarray:
     """Random pairs of images of *different subjects*, every subject equally often, whatever its number of images.
 
-    In each round subjects are put in a random order and taken two by two, each with one of its images at random.
-
     Args:
         subjects: the N subject names, one an image.
-        num_pairs: how many.
-        seed: of the random choices.
+        num_pairs, seed: how many, and the seed of the choice.
 
     Returns:
         int array (num_pairs, 2) of image indices.
@@ -53,13 +49,12 @@ def ssim_window(side: int) -> int:
     return max(width for width in range(3, 12, 2) if (width - 1) * 16 < side)
 
 
-def pair_similarity(images: np.ndarray, pairs: np.ndarray, batch_size: int = 32) -> np.ndarray:
+def pair_similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """MS-SSIM (Wang et al. 2003) of pairs of images, through pytorch-msssim; five scales, the usual weights.
 
     Args:
         images: uint8 (N, H, W), 0-255, at least 33 pixels wide. The window is that of [`ssim_window`].
         pairs: int (P, 2), indices of images.
-        batch_size: pairs at a time.
 
     Returns:
         float array (P,) in [0, 1]; 1 for equal images.
@@ -72,7 +67,7 @@ def pair_similarity(images: np.ndarray, pairs: np.ndarray, batch_size: int = 32)
     check_images(images)
     window = ssim_window(min(images.shape[1:]))
     values = []
-    for part in np.array_split(pairs, max(1, -(-len(pairs) // batch_size))):
+    for part in np.array_split(pairs, -(-len(pairs) // 32)):
         first, second = (torch.from_numpy(images[part[:, side]]).float()[:, None] for side in (0, 1))
         values.append(ms_ssim(first, second, data_range=255, win_size=window, size_average=False).numpy())
     return np.concatenate(values).astype(np.float64)

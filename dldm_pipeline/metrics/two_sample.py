@@ -14,19 +14,7 @@ import torch
 from .images import check_images
 
 HELD_OUT = 0.3  # of the subjects are tested on
-
-
-def two_sample_auc(
-    real: np.ndarray,
-    generated: np.ndarray,
-    real_subjects: Sequence[str],
-    generated_subjects: Sequence[str],
-    epochs: int = 6,
-    seed: int = 0,
-) -> float:
-    """Area under the ROC curve of [`two_sample_scores`] on held-out subjects. Arguments and errors are the same."""
-    first, second = two_sample_scores(real, generated, real_subjects, generated_subjects, epochs, seed)
-    return auc(first[~np.isnan(first)], second[~np.isnan(second)])
+BATCH_SIZE = 32
 
 
 def two_sample_scores(
@@ -36,34 +24,31 @@ def two_sample_scores(
     generated_subjects: Sequence[str],
     epochs: int = 6,
     seed: int = 0,
-    batch_size: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Trains a small CNN to tell generated from real images and scores those of held-out subjects.
 
     Three convolutions with batch norm (8x8 with stride 4 and 32 channels, then twice 3x3 with stride 2 and 64), the mean
-    over the feature map and one linear layer; AdamW with a one-cycle rate. Small on purpose: it finds plain defects. The
-    same seed gives the same scores on the same machine and number of threads; the caller's random state is left as it was.
+    over the feature map and one linear layer; AdamW with a one-cycle rate. The same seed gives the same scores on the same
+    machine and number of threads; the caller's random state is left as it was.
 
     Args:
-        real, generated: uint8 (N, H, W) and (M, H, W) of one modality.
+        real, generated: uint8 (N, H, W) and (M, H, W) of one modality and size.
         real_subjects, generated_subjects: N and M subject names. All images of a subject are on one side of the split.
         epochs: passes over the training images.
         seed: seed of split, initial weights and order.
-        batch_size: images a step.
 
     Returns:
-        (N,) and (M,) float arrays: the logit for "generated" of held-out images, NaN for those trained on.
+        (N,) and (M,) float arrays: the logit for "generated" of held-out images, NaN for those trained on. Their [`auc`] is
+        the result of the test.
 
     Raises:
         TypeError, ValueError: see [`~dldm_pipeline.metrics.images.check_images`]; ValueError on fewer than 2 subjects
-            in a set, or unequal image sizes.
+            in a set.
     """
     check_images(real, "real")
     check_images(generated, "generated")
-    if real.shape[1:] != generated.shape[1:]:
-        raise ValueError(f"real images are {real.shape[1:]} and generated {generated.shape[1:]}: give equal sizes.")
     tested = _held_out(real_subjects, generated_subjects, seed)
-    is_tested = np.isin(np.concatenate([np.asarray(real_subjects), np.asarray(generated_subjects)]), list(tested))
+    is_tested = np.isin(np.concatenate([real_subjects, generated_subjects]), tested)
     label = np.r_[np.zeros(len(real)), np.ones(len(generated))].astype(np.float32)
     rows = np.flatnonzero(~is_tested)
 
@@ -82,7 +67,7 @@ def two_sample_scores(
             layers += [torch.nn.Conv2d(width_in, width, kernel, stride, padding=(kernel - 1) // 2, bias=False)]
             layers += [torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
         model = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 1))
-    num_batches = -(-len(rows) // batch_size)
+    num_batches = -(-len(rows) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=max(epochs * num_batches, 1))
     for _ in range(epochs):
@@ -102,36 +87,31 @@ def two_sample_scores(
     return scores[: len(real)], scores[len(real) :]
 
 
-def _held_out(real: Sequence[str], generated: Sequence[str], seed: int) -> set[str]:
+def _held_out(real: Sequence[str], generated: Sequence[str], seed: int) -> np.ndarray:
     """Names of the subjects to test on: a fraction of each set; a name in both sets is on one side only."""
     rng = np.random.default_rng(seed)
-    first = np.unique(np.asarray(real))
-    second = np.setdiff1d(np.unique(np.asarray(generated)), first)
-    chosen: set[str] = set()
-    for title, names in (("real", first), ("generated", second)):
-        if len(names) == 0:  # all generated names are real ones too
-            continue
-        if len(names) < 2:
-            raise ValueError(
-                f"{title} holds {len(names)} subject: the two-sample test needs at least 2, one to train on and one to "
-                "test on."
-            )
-        count = min(max(1, round(HELD_OUT * len(names))), len(names) - 1)
-        chosen.update(rng.permutation(names)[:count].tolist())
-    return chosen
+    chosen = []
+    for title, names in (("real", np.unique(real)), ("generated", np.setdiff1d(generated, real))):
+        if len(names) == 1:
+            raise ValueError(f"{title} holds 1 subject: the test needs at least 2, one to train on and one to test on.")
+        chosen.append(rng.permutation(names)[: round(HELD_OUT * len(names))])
+    return np.concatenate(chosen)
 
 
 def auc(real: np.ndarray, generated: np.ndarray) -> float:
-    """Probability that a generated sample has a higher value than a real one, ties counted half (scikit-learn's AUC).
+    """Area under the ROC curve: the probability that a generated sample has a higher value than a real one.
+
+    Ties count half.
 
     Args:
-        real, generated: values (N,) and (M,).
+        real, generated: values (N,) and (M,). NaN is left out.
 
     Returns:
-        Area under the ROC curve in [0, 1]; NaN if a set is empty.
+        Area in [0, 1]; NaN if a set is empty.
     """
     from sklearn.metrics import roc_auc_score
 
+    real, generated = (values[~np.isnan(values)] for values in (real, generated))
     if len(real) == 0 or len(generated) == 0:
         return float("nan")
     is_generated = np.r_[np.zeros(len(real)), np.ones(len(generated))]

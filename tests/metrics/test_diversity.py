@@ -28,7 +28,7 @@ def test_similarity_rises_as_images_become_alike():
     rng = np.random.default_rng(0)
     base, other = rng.integers(60, 190, size=(2, 1, 48, 40)).astype(np.uint8)
     images = np.concatenate([base, base, base // 2 + other // 2, other])
-    values = pair_similarity(images, np.array([[0, 1], [0, 2], [0, 3]]), batch_size=2)
+    values = pair_similarity(images, np.array([[0, 1], [0, 2], [0, 3]]))
     assert values[0] == pytest.approx(1.0) and values[0] > values[1] + 0.1 > values[2] + 0.2
     names = list("abcd")
     pairs = subject_pairs(names, 9, seed=1)

@@ -18,23 +18,20 @@ def test_to_uint8_is_what_a_png_holds():
         to_uint8(np.array([1], dtype=np.int32))
 
 
-def test_images_that_do_not_use_0_to_255_are_refused():
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x / np.float32(255), TypeError, "real are float32: .*thousands of times too small.*to_uint8"),
+        (lambda x: (x / 255).astype(np.uint8), ValueError, "real hold nothing above 1.*cast to uint8 without scaling"),
+        (lambda x: x[None], ValueError, "one modality at a time"),
+        (lambda x: x[:0], ValueError, r"real have shape \(0, 8, 8\): give at least one"),
+    ],
+)
+def test_images_that_do_not_use_0_to_255_are_refused(change, error, message):
     images = np.full((4, 8, 8), 200, dtype=np.uint8)
     check_images(images)
-    for bad, error, message in (
-        (
-            images / np.float32(255),
-            TypeError,
-            "real are float32 with a largest value.*thousands of times too small.*to_uint8",
-        ),
-        (images.astype(np.float64), TypeError, "real are float64: features are taken from uint8"),
-        ((images / 255).astype(np.uint8), ValueError, "real hold nothing above 1.*cast to uint8 without scaling"),
-        (images[None], ValueError, "one modality at a time"),
-        (images[0], ValueError, "one modality at a time"),
-        (images[:0], ValueError, "at least one"),
-    ):
-        with pytest.raises(error, match=message):
-            check_images(bad, "real")
+    with pytest.raises(error, match=message):
+        check_images(change(images), "real")
 
 
 def test_slices():
@@ -57,11 +54,10 @@ def test_slices():
 def test_slices_are_read_from_a_data_set():
     here = torch.tensor([True, True, False])
     dataset = [{"images": torch.full((3, 8, 8), i / 255), "present": here, "subject": f"s{i // 2}"} for i in range(12)]
-    slices = read_slices(dataset, max_items=3, batch_size=2, progress=False)
+    slices = read_slices(dataset, max_items=3, progress=False)
     assert slices.images[:, 0, 0, 0].tolist() == [0, 6, 11] and slices.subjects.tolist() == ["s0", "s3", "s5"]
     assert slices.images.dtype == np.uint8 and slices.present.tolist() == [[True, True, False]] * 3
     assert len(read_slices(dataset, progress=False)) == len(read_slices(dataset, 20, progress=False)) == 12
-    with pytest.raises(ValueError, match="dataset has no slices"):
-        read_slices([], progress=False)
-    with pytest.raises(ValueError, match="max_items=0"):
-        read_slices(dataset, max_items=0, progress=False)
+    for bad, count, message in (([], None, "dataset has 0 slices"), (dataset, 0, "max_items=0")):
+        with pytest.raises(ValueError, match=message):
+            read_slices(bad, count, progress=False)

@@ -76,12 +76,11 @@ def test_a_single_copied_modality_is_enough(image_filter: MemorizationFilter) ->
     assert not one.keep[2] and np.isnan(one.ratio[:, [0, 2]]).all() and one.subjects[2].tolist() == ["", "slice-33", ""]
 
 
-def test_counts_add_up_and_batches_do_not_matter(image_filter: MemorizationFilter) -> None:
-    samples = np.concatenate([heads(60, 0)[:2], heads(3, 5)])
-    image_filter.num_checked = image_filter.num_refused = 0
-    whole, single = image_filter.check(samples), [image_filter.check(sample[None]).score for sample in samples]
-    np.testing.assert_allclose(np.concatenate(single), whole.score, rtol=1e-3)
-    assert image_filter.num_checked == 10 and image_filter.num_refused == 2 * whole.num_refused == 4
+def test_batches_do_not_matter(image_filter: MemorizationFilter) -> None:
+    samples = np.concatenate([heads(60, 0)[:2], heads(33, 5)])  # two batches
+    whole, single = image_filter.check(samples), [image_filter.check(samples[[i]]).score[0] for i in (0, 10, 34)]
+    np.testing.assert_allclose(single, whole.score[[0, 10, 34]], rtol=1e-3)
+    assert not whole.keep[:2].any()
 
 
 def test_the_threshold_lets_the_promised_fraction_of_calibrating_subjects_pass() -> None:
@@ -94,10 +93,10 @@ def test_held_out_subjects_are_split_whole_and_compared_with_others() -> None:
     present = np.array([[True, True, False]] * 8)
     subjects = np.repeat(list("abcd"), 2)
     held_out = Slices(np.repeat(heads(4, 1), 2, axis=0), subjects, present)  # two equal slices a subject
-    guard = MemorizationFilter(Slices(heads(12, 0)), held_out, NAMES, progress=False, max_shift=4)
+    guard = MemorizationFilter(Slices(heads(12, 0)), held_out, NAMES, progress=False)
     check = guard.held_out_check
     assert len(check.keep) == 4 and check.score[0] == check.score[1] and check.score[2] == check.score[3]
-    assert np.isnan(check.ratio[:, 2]).all() and guard.train.max_shift == 1
+    assert np.isnan(check.ratio[:, 2]).all()
     assert (check.ratio[:, :2] < 10).all()  # against its own subject the distance would be 0, and the ratio huge
 
 
@@ -108,16 +107,15 @@ def test_authentic_compares_with_the_training_subjects_own_neighbour(image_filte
     own = np.take_along_axis(1 - matches.similarity, check.index, axis=0)
     np.testing.assert_array_equal(authentic, 1 - check.similarity >= own)
     assert (authentic[:3] == 0).all() and authentic[3:].mean() > 0.2
-    np.testing.assert_array_equal(image_filter.authentic(check, progress=False), authentic)  # from what was kept
     alone = make_filter(1, 4)
     assert np.isnan(alone.authentic(alone.held_out_check, progress=False)).all()
 
 
 def test_evaluation_reports_copies_beside_the_held_out_row(image_filter: MemorizationFilter, tmp_path: Path) -> None:
     samples = np.concatenate([heads(4, 7), shifted(heads(60, 0)[[11]], 1, -2)])
-    result = evaluate_memorization(image_filter, samples, num_pairs=2, progress=False)
+    result = evaluate_memorization(image_filter, samples, progress=False)
     assert result["refused"] == 1 and result["refused_share"] == 0.2
-    assert result["refused_by"] == {"T1": 1, "T2": 1, "WB": 1} and len(result["closest"]) == 2
+    assert result["refused_by"] == {"T1": 1, "T2": 1, "WB": 1} and len(result["closest"]) == 5
     closest = result["closest"][0]
     assert (closest["sample"], closest["train_subject"], closest["train_slice"]) == (4, "slice-11", 11)
     assert (closest["flip"], closest["shift"]) == ([False, False], [-1, 2])
@@ -128,7 +126,7 @@ def test_evaluation_reports_copies_beside_the_held_out_row(image_filter: Memoriz
     assert result["samples"]["authenticity"]["T1"] <= 0.8 and result["held_out"]["num"] == 20
     assert result["false_alarm_rate_promised"] == pytest.approx(1 - 0.05 ** (1 / 20))
 
-    closest_pairs_sheet(result["closest"], samples, image_filter.train.images, NAMES, tmp_path / "pairs.png")
+    closest_pairs_sheet(result["closest"][:2], samples, image_filter.train.images, NAMES, tmp_path / "pairs.png")
     sheet = np.asarray(Image.open(tmp_path / "pairs.png")).astype(int)
     assert sheet.shape[0] > 4 * 128  # two pairs, two rows each
     # The copy lies over its original; the columns of images are the last 3 x 131 pixels.
@@ -159,10 +157,10 @@ def test_the_filter_takes_what_a_pipeline_returns(tiny_pipeline) -> None:
     guard = make_filter(10, 8, tiny_pipeline.autoencoder)
     options = dict(num_subjects=3, num_inference_steps=2, num_style_inference_steps=1, modalities=["WB", "T1"])
     checks = {}
-    for i, output_type in enumerate(("np", "pt", "pil", "latent")):
+    for output_type in ("np", "pt", "pil", "latent"):
         output = tiny_pipeline(output_type=output_type, generator=torch.Generator().manual_seed(0), **options)
         check = checks[output_type] = guard(output)
-        assert check.keep.shape == (3,) and guard.num_checked == 3 * (i + 1)
+        assert check.keep.shape == (3,)
         assert np.isnan(check.ratio[:, 1]).all() and not np.isnan(check.ratio[:, 3]).any()
         kept = keep_subjects(output, np.array([True, False, True]))
         assert isinstance(kept, DLDMPipelineOutput) and kept.modalities == output.modalities
@@ -170,9 +168,8 @@ def test_the_filter_takes_what_a_pipeline_returns(tiny_pipeline) -> None:
         if output_type == "np":
             np.testing.assert_array_equal(kept.images, output.images[[0, 2]])
         assert kept.images is None or len(kept.images) == len(kept.masks) == 2
-        with pytest.raises(ValueError, match=r"keep has shape \(2,\); it must be \(3,\)"):
-            keep_subjects(output, np.ones(2))
-    assert guard.num_refused == sum(check.num_refused for check in checks.values())
+    with pytest.raises(ValueError, match=r"keep has shape \(2,\); it must be \(3,\)"):
+        keep_subjects(output, np.ones(2))
     np.testing.assert_array_equal(checks["pt"].ratio, checks["np"].ratio)
     np.testing.assert_array_equal(checks["pil"].ratio, checks["np"].ratio)
     assert np.isnan(checks["latent"].ratio[:, 0]).all() and not np.isnan(checks["np"].ratio[:, 0]).any()
@@ -185,7 +182,7 @@ def test_bad_input_is_refused(image_filter: MemorizationFilter, tiny_autoencoder
         ((good[0],), r"images has shape \(3, 32, 32\); for T1, T2, WB it must be \(subjects, 3, 32, 32\)"),
         ((good[..., :16],), r"images has shape \(4, 3, 32, 16\)"),
         ((None,), "images is None"),
-        ((good[:, :1], None, ["PET"]), "modalities names 'PET'"),
+        ((good[:, :1], None, ["PET"]), "modalities names PET"),
     ):
         with pytest.raises(ValueError, match=message):
             image_filter.check(*arguments)

@@ -170,14 +170,9 @@ def data_card(
         sheet (`str`): Name of a contact sheet beside the card.
         tags (`Sequence[str]`, *optional*): Further tags for the Hub.
     """
-    splits = {split: counts for split, counts in summary.items() if counts["rows"]}
-    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
-    header = DatasetCardData(
-        pretty_name=title,
-        tags=[*tags, "mri", "brain-tumor", "dldm_pipeline"],
-        configs=[{"config_name": "default", "data_files": files}],
-    )
-    table = "\n".join(f"| {split} | {counts['subjects']} | {counts['rows']} |" for split, counts in splits.items())
+    # No `configs`: `datasets` finds the shards without, and with them its cache confuses two folders of one name.
+    header = DatasetCardData(pretty_name=title, tags=[*tags, "mri", "brain-tumor", "dldm_pipeline"])
+    table = "\n".join(f"| {split} | {count['subjects']} | {count['rows']} |" for split, count in summary.items())
     return f"""---
 {header.to_yaml()}
 ---

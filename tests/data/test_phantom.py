@@ -7,33 +7,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dldm_pipeline.data.phantom import SEQUENCES, TISSUES, phantom_rows, simulate_subject
+from dldm_pipeline.data.phantom import SEQUENCES, TISSUES, phantom_dataset, phantom_rows, simulate_subject
+from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.modalities import DEFAULT_MODALITIES
 
 
 @pytest.fixture(scope="module")
 def subjects():
-    return [simulate_subject(seed) for seed in range(12)]
+    return [simulate_subject(seed) for seed in range(8)]
 
 
-def means(subject):
-    """Modality -> tissue -> mean over the pixels that are nearly pure, or half pure where none is; absent: no such."""
-    table = {}
-    for name, image in zip(subject.modalities, subject.images, strict=True):
-        table[name] = {}
+@pytest.fixture(scope="module")
+def tables(subjects):
+    """For each subject: modality -> tissue -> mean over the pixels that are nearly pure, or half pure where none is."""
+    tables = []
+    for subject in subjects:
+        pure = {}
         for tissue, fraction in subject.tissues.items():
-            pure = fraction > (0.9 if (fraction > 0.9).sum() >= 8 else 0.6)
-            if pure.sum() >= 8:
-                table[name][tissue] = image[pure].mean()
-    return table
-
-
-def compare(subjects, modality, brighter, darker, margin):
-    """Asserts `brighter` above `darker` in every subject that has both, and that at least a few have."""
-    tables = [means(subject)[modality] for subject in subjects]
-    gaps = [table[brighter] - table[darker] for table in tables if brighter in table and darker in table]
-    assert len(gaps) >= 3
-    assert min(gaps) > margin
+            pixels = fraction > (0.9 if (fraction > 0.9).sum() >= 8 else 0.6)
+            if pixels.sum() >= 8:
+                pure[tissue] = pixels
+        images = zip(subject.modalities, subject.images, strict=True)
+        tables.append({name: {tissue: image[pure[tissue]].mean() for tissue in pure} for name, image in images})
+    return tables
 
 
 def test_shapes_ranges_and_background(subjects):
@@ -84,8 +80,10 @@ def test_the_brain_fills_the_picture_and_stays_whole(subjects):
         ("BB", "white", "csf", 0.15),
     ],
 )
-def test_contrast_reads_as_mri(subjects, modality, brighter, darker, margin):
-    compare(subjects, modality, brighter, darker, margin)
+def test_contrast_reads_as_mri(tables, modality, brighter, darker, margin):
+    means = [table[modality] for table in tables]
+    gaps = [mean[brighter] - mean[darker] for mean in means if brighter in mean and darker in mean]
+    assert len(gaps) >= 3 and min(gaps) > margin
 
 
 def test_tumour_enhances_in_wb_and_bb_only(subjects):
@@ -101,56 +99,49 @@ def test_tumour_enhances_in_wb_and_bb_only(subjects):
             assert images["BB"][rim].mean() > np.percentile(images["BB"][brain], 95)
 
 
-def test_mask_is_the_core_without_oedema(subjects):
-    for subject in subjects:
-        core = subject.tissues["enhancing"] + subject.tissues["necrosis"]
-        assert np.array_equal(subject.mask == 1, (core >= 0.5 * sum(subject.tissues.values())) & (core > 0))
-
-
 def test_lesions_are_as_promised(subjects):
     for subject in subjects:
+        core = subject.tissues["enhancing"] + subject.tissues["necrosis"]  # without oedema
+        assert np.array_equal(subject.mask == 1, (core >= 0.5 * sum(subject.tissues.values())) & (core > 0))
         count = subject.factors["lesions"]
         radii = [subject.factors[f"lesion_{i + 1}_radius_mm"] for i in range(count)]
         assert 1 <= count <= 5
         assert max(radii) >= 6 and max(radii) <= 14
 
 
-def test_same_seed_same_subject():
-    a, b, c = simulate_subject(5, 64), simulate_subject(5, 64), simulate_subject(6, 64)
-    assert np.array_equal(a.images, b.images) and np.array_equal(a.mask, b.mask) and a.factors == b.factors
-    assert not np.array_equal(a.images, c.images)
-
-
-def test_does_not_touch_the_global_generator():
+def test_same_seed_same_subject(subjects):
     np.random.seed(0)
     expected = np.random.random()
     np.random.seed(0)
-    simulate_subject(1, 64)
-    assert np.random.random() == expected
+    again = simulate_subject(5)
+    assert np.random.random() == expected, "the global generator is not touched"
+    assert np.array_equal(again.images, subjects[5].images) and np.array_equal(again.mask, subjects[5].mask)
+    assert again.factors == subjects[5].factors
+    assert not np.array_equal(again.images, subjects[6].images)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(names=st.lists(st.sampled_from(DEFAULT_MODALITIES), min_size=1, max_size=5, unique=True))
-def test_an_image_does_not_depend_on_the_others(names):
-    every, some = simulate_subject(3, 64), simulate_subject(3, 64, names)
+def test_an_image_does_not_depend_on_the_others(subjects, names):
+    every, some = subjects[3], simulate_subject(3, modalities=names)
     assert some.modalities == tuple(names)
     for name, image in zip(names, some.images, strict=True):
         assert np.array_equal(image, every.images[every.modalities.index(name)])
     assert np.array_equal(some.mask, every.mask)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_any_seed_has_a_tumour_inside_the_brain(seed):
-    subject = simulate_subject(seed, 64)
+    subject = simulate_subject(seed, 64, ["T1"])
     assert subject.mask.any()
     assert np.isfinite(subject.images).all()
     assert (sum(subject.tissues.values())[subject.mask == 1] >= 0.5).all()
 
 
 @pytest.mark.parametrize("size", [64, 256])
-def test_same_anatomy_at_every_size(size):
-    reference, other = simulate_subject(4, 128), simulate_subject(4, size)
+def test_same_anatomy_at_every_size(subjects, size):
+    reference, other = subjects[4], simulate_subject(4, size)
     assert other.images.shape == (5, size, size)
     small, large = sorted((reference, other), key=lambda subject: subject.images.shape[-1])
     n = small.images.shape[-1]
@@ -182,34 +173,35 @@ def test_bad_modalities(names, message):
         simulate_subject(0, 64, names)
     with pytest.raises(ValueError, match=message):
         next(phantom_rows(1, 64, modalities=names))
+    assert set(DEFAULT_MODALITIES) == set(SEQUENCES), "every default can be simulated"
 
 
 def test_rows():
-    rows = list(phantom_rows(3, size=64, seed=7, modalities=("T2", "BB")))
-    assert [row["subject"] for row in rows] == ["phantom-000000", "phantom-000001", "phantom-000002"]
+    rows = list(phantom_rows(2, size=64, seed=7, modalities=("T2", "BB")))
+    assert [row["subject"] for row in rows] == ["phantom-000000", "phantom-000001"]
     subject = simulate_subject((7, 1), 64, ("T2", "BB"))
     assert np.array_equal(rows[1]["BB"], subject.images[1]) and np.array_equal(rows[1]["mask"], subject.mask)
     assert set(rows[0]) == {"subject", "slice_index", "T2", "BB", "mask", "source", "pixel_spacing"}
     assert rows[0]["slice_index"] == 0 and rows[0]["source"] == "phantom" and len(rows[0]["pixel_spacing"]) == 2
-
-
-def test_rows_do_not_depend_on_workers():
-    alone, shared = list(phantom_rows(20, 64, num_workers=0)), list(phantom_rows(20, 64, num_workers=2))
-    assert [row["subject"] for row in alone] == [row["subject"] for row in shared]
-    for a, b in zip(alone, shared, strict=True):
-        assert all(np.array_equal(a[name], b[name]) for name in (*DEFAULT_MODALITIES, "mask"))
-
-
-def test_rows_can_be_left_early():
-    rows = phantom_rows(1000, 64, num_workers=2)
-    assert next(rows)["subject"] == "phantom-000000"
-    rows.close()
-
-
-def test_rows_need_a_number():
     with pytest.raises(ValueError, match="num_subjects is 0"):
         next(phantom_rows(0))
 
 
-def test_every_default_modality_can_be_simulated():
-    assert set(DEFAULT_MODALITIES) == set(SEQUENCES)
+def test_workers_give_the_same_rows_in_order_and_can_be_left_early():
+    rows = phantom_rows(1000, 32, seed=7, modalities=["T1"], num_workers=2)
+    first = list(itertools.islice(rows, 18))  # more than the workers are given at once
+    rows.close()
+    assert [row["subject"] for row in first] == [f"phantom-{i:06d}" for i in range(18)]
+    for i in (0, 17):
+        assert np.array_equal(first[i]["T1"], simulate_subject((7, i), 32, ["T1"]).images[0])
+
+
+def test_data_set_is_simulated_once(tmp_path):
+    options = {"root": tmp_path / "new", "num_workers": 1, "show_progress": False}
+    folder = phantom_dataset(2, 32, **options)
+    assert folder == tmp_path / "new" / "phantom-32-2" and SliceDataset(folder).modalities == DEFAULT_MODALITIES
+    (folder / "a mark").touch()
+    assert phantom_dataset(2, 32, **options) == folder and (folder / "a mark").exists()
+    other = phantom_dataset(2, 32, ["T2", "T1"], seed=3, **options)
+    assert other == tmp_path / "new" / "phantom-32-2-T2-T1-seed3" and SliceDataset(other).modalities == ("T2", "T1")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [folder.name, other.name]

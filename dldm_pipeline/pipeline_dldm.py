@@ -385,8 +385,6 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
         else:
             skipped = (num_inference_steps - max(round(strength * num_inference_steps), 1)) * self.scheduler.order
             timesteps = timesteps[skipped:]
-            if hasattr(self.scheduler, "set_begin_index"):
-                self.scheduler.set_begin_index(skipped)
             state = self.scheduler.add_noise(start.to(device), state, timesteps[:1].expand(len(state)))
 
         accepted = inspect.signature(self.scheduler.step).parameters

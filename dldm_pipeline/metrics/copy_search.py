@@ -43,24 +43,21 @@ def orientation_field(images: torch.Tensor) -> torch.Tensor:
     Returns:
         complex64 (N, H, W); all zeros for a constant image.
     """
-    images = images.to(torch.float32)
-    (smooth_y, slope_y), (smooth_x, slope_x) = (
-        (torch.from_numpy(m).to(images.device) for m in _edge_filters(side, min(images.shape[-2:])))
-        for side in images.shape[-2:]
-    )
-    along_x, along_y = smooth_y @ (images @ slope_x.T), slope_y @ (images @ smooth_x.T)
-    gradient = torch.complex(along_x, along_y)
+    images, (height, width) = images.to(torch.float32), images.shape[-2:]
+    smooth_y, slope_y = _edge_filters(height, min(height, width))
+    smooth_x, slope_x = _edge_filters(width, min(height, width))
+    gradient = torch.complex(smooth_y @ (images @ slope_x.T), slope_y @ (images @ smooth_x.T))
     size = gradient.abs()
     floor = (_FLAT * size.mean(dim=(1, 2), keepdim=True)).clamp_min(1e-12)
     return gradient**2 / (size**2 + floor**2)
 
 
 @lru_cache(maxsize=16)
-def _edge_filters(side: int, shorter: int) -> tuple[np.ndarray, np.ndarray]:
+def _edge_filters(side: int, shorter: int) -> tuple[torch.Tensor, ...]:
     """A Gaussian and its derivative as (side, side) matrices, on small images faster than convolutions of one channel."""
     sigma = _EDGE_WIDTH * shorter / 128
     both = (ndimage.gaussian_filter1d(np.eye(side), sigma, axis=0, order=o, mode="nearest") for o in (0, 1))
-    return tuple(np.ascontiguousarray(matrix, dtype=np.float32) for matrix in both)
+    return tuple(torch.tensor(matrix, dtype=torch.float32) for matrix in both)
 
 
 @dataclass
@@ -117,11 +114,7 @@ class CopySearch:
 
     @torch.no_grad()
     def search(
-        self,
-        queries: Slices,
-        other_subjects: bool = False,
-        progress: bool = True,
-        description: str = "search",
+        self, queries: Slices, other_subjects: bool = False, progress: bool = True, description: str = "search"
     ) -> Matches:
         """The nearest reference slice of every query.
 

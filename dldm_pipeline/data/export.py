@@ -122,9 +122,7 @@ def export_subjects(
         "intensities": "0 to 65535 stands for [0, 1]; in the mask, what is not 0 is tumour",
         "seed": seed,
         "settings": dict(settings or {}),
-        "checkpoint": None
-        if checkpoint is None
-        else {"name": Path(checkpoint).resolve().name, "sha256": checkpoint_hashes(checkpoint)},
+        "checkpoint": checkpoint and {"name": Path(checkpoint).resolve().name, "sha256": checkpoint_hashes(checkpoint)},
         "versions": package_versions(),
         "subjects": [
             {"name": f"synthetic-{k:04d}", "files": {}, "tumour_pixels": int(label.sum())}
@@ -161,23 +159,20 @@ def check_export_folder(folder: str | os.PathLike, overwrite: bool = False, form
     if format == "dicom" and importlib.util.find_spec("highdicom") is None:
         raise ImportError("writing DICOM needs highdicom: run `pip install highdicom` and try again.")
     folder = Path(folder).absolute()
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name another output folder.")
+    if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{folder} is not empty; name another output folder, or overwrite it (--overwrite).")
         if not is_export(folder):
-            raise FileExistsError(
-                f"{folder} holds files and no manifest.json of synthetic subjects, so it is not overwritten; "
-                "name another output folder."
-            )
-    elif folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; name another output folder.")
+            reason = "holds files and no manifest.json of synthetic subjects, so it is not overwritten"
+            raise FileExistsError(f"{folder} {reason}; name another output folder.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent).cleanup()
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {folder} ({error.strerror}); name a folder you may write to"
-        ) from error
+        reason = f"cannot write {folder} ({error.strerror}); name a folder you may write to"
+        raise OSError(error.errno, reason) from error
 
 
 def is_export(folder: str | os.PathLike) -> bool:

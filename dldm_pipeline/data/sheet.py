@@ -88,7 +88,7 @@ def contact_sheet(
 
 def _tile(image: np.ndarray | None, size: tuple[int, int]) -> np.ndarray:
     """One image in grey, enlarged to (width, height), or an empty tile: uint8 (H, W, 3)."""
-    if image is None or np.isnan(image).all():
+    if image is None:
         return np.full((*size[::-1], 3), BACKGROUND, np.uint8)
     image = np.asarray(image)
     if image.dtype != np.uint8:

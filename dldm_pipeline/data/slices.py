@@ -334,29 +334,23 @@ class SliceDataset(torch.utils.data.Dataset):
                 f"modalities do not match: {', '.join(lacking)} wanted, but {path} has {', '.join(in_data) or 'none'}."
             )
 
+        present = np.array(table["present"][:]).reshape(len(table), len(in_data))
+        shown = present[:, [in_data.index(name) for name in self.modalities]].any(axis=1)
+        if not shown.all():
+            table = table.select(np.flatnonzero(shown))
         table = table.select_columns(["subject", *self.modalities, MASK])
         for name in (*self.modalities, MASK):
             table = table.cast_column(name, datasets.Image(decode=False))
         self._table = table.with_format("arrow")
-        self._rows = None if self.modalities == in_data else self._rows_with_images()
         first = next((array for array in self._decode_row(0)[1:-1] if array is not None), None) if len(self) else None
         if first is None:
             raise ValueError(f"split {split!r} of {path} has no slice of {', '.join(self.modalities)}.")
         self.image_size = first.shape[0]
         self._shape = first.shape
 
-    def _rows_with_images(self) -> np.ndarray:
-        """Numbers of the rows that show at least one of the wanted modalities."""
-        there = np.zeros(len(self._table), dtype=bool)
-        for start in range(0, len(there), 1000):
-            part = self._table[start : start + 1000]
-            for name in self.modalities:
-                there[start : start + 1000] |= part.column(name).is_valid().to_numpy()
-        return np.flatnonzero(there)
-
     def _decode_row(self, index: int) -> list[Any]:
         """Subject, the modalities' arrays (uint16) and the mask's (uint8) of one item; `None` for what is missing."""
-        row = self._table[int(index if self._rows is None else self._rows[index])]
+        row = self._table[int(index)]
         found = [row.column("subject")[0].as_py()]
         for name in (*self.modalities, MASK):
             data = row.column(name)[0].as_py()
@@ -364,7 +358,7 @@ class SliceDataset(torch.utils.data.Dataset):
         return found
 
     def __len__(self) -> int:
-        return len(self._table if self._rows is None else self._rows)
+        return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One slice as a dictionary, see the class."""

@@ -12,6 +12,7 @@ What you push is public unless you add --private; check that you may share it.
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,7 @@ import torch
 from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.hub import push_folder, read_card_data, write_model_card, write_pretrained
+from dldm_pipeline.hub import PRIVATE_NAMES, push_folder, read_card_data, write_model_card, write_pretrained
 
 NUM_PICTURES = 4
 
@@ -133,7 +134,10 @@ def stage_pipeline(args: argparse.Namespace, folder: Path) -> None:
     except ValueError as error:
         raise ValueError(f"--metrics {args.metrics} is not JSON ({error}); give that of evaluate.py.") from error
     pipeline, notes = DLDMPipeline.from_pretrained(args.pipeline), read_card_data(args.pipeline)
-    write_pretrained(pipeline.save_pretrained, folder)
+    # The files themselves: saved again, weights in half precision would become twice as large.
+    ignore = shutil.ignore_patterns(*PRIVATE_NAMES, "samples.png")  # half of that one are real scans
+    write_pretrained(lambda path: shutil.copytree(args.pipeline, path, ignore=ignore, dirs_exist_ok=True), folder)
+    pipeline.save_config(folder)  # with the modules that load it without this package
     config = pipeline.autoencoder.config
     loading = LOADING.format(
         repo_id=args.repo_id,

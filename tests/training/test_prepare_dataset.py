@@ -41,6 +41,7 @@ def test_scans_to_data_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     for text in (printed, card):
         assert "| p5   | T1 T2 mask    |      0 | LEFT OUT: seg.nii.gz holds no tumour" in text
         assert "| p4   | T1 FLAIR mask |      4 | lacks T2 |" in text
+    assert "warning: p5 left out: seg.nii.gz" in printed and "warning: p4: lacks T2" in printed
     assert "train: 16 slices of 4 subjects" in printed and "validation: 4 slices of 1 subjects" in printed
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["README.md", "contact_sheet.png", "data"]
     assert Image.open(tmp_path / "data" / "contact_sheet.png").width > 300
@@ -60,6 +61,20 @@ def test_phantom(tmp_path: Path) -> None:
     data = SliceDataset(out)
     assert len(data) == 2 and data.modalities == ("BB", "T1") and data.image_size == 64
     assert "No patient's data" in (tmp_path / "data" / "README.md").read_text()
+    words = ["--phantom", "3", "--image_size", "64", "--modalities", "BB", "T1", "--seed", "1"]
+    prepare_dataset.main([*words, "--output", str(tmp_path / "other")])
+    other = SliceDataset(tmp_path / "other")
+    assert not any((item["images"] == mine["images"]).all() for item in other for mine in data)
+
+
+def test_the_sheet_shows_the_largest_tumour_of_each_subject() -> None:
+    def row(subject: str, index: int, tumour: int) -> dict:
+        mask = np.arange(16).reshape(4, 4) < tumour
+        return {"subject": subject, "slice_index": index, "T1": np.full((4, 4), 1.0 - tumour / 16), "mask": mask}
+
+    rows, largest = [row("a", 0, 2), row("b", 0, 1), row("a", 1, 6), row("a", 2, 3)], {}
+    assert [r["slice_index"] for r in prepare_dataset.keep_largest(iter(rows), largest)] == [0, 0, 1, 2]
+    assert {subject: kept["slice_index"] for subject, kept in largest.items()} == {"a": 1, "b": 0}
 
 
 def test_bad_arguments(tmp_path: Path, refused) -> None:

@@ -9,8 +9,6 @@ The report and `dldm_pipeline/metrics/` say what each figure means. Generated su
 output's `cache` under a hash of all they depend on, so a second run computes only what has changed; the folder can be deleted.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import inspect

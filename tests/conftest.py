@@ -79,6 +79,14 @@ def tiny_pipeline(tiny_autoencoder) -> DLDMPipeline:
     return make_pipeline(tiny_autoencoder)
 
 
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory) -> Path:
+    """`tiny_pipeline`, saved once for all tests that only read it."""
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    make_pipeline(make_autoencoder()).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def other_tiny_pipeline() -> DLDMPipeline:
     """`tiny_pipeline` with another autoencoder."""

@@ -30,7 +30,7 @@ def segmenters() -> dict[str, torch.nn.Module]:
     simulated = [simulate_subject((8, i), 64, ["FLAIR", "BB"]) for i in range(24)]
     images, masks = np.stack([s.images for s in simulated]), np.stack([s.mask for s in simulated])
     names = enumerate(["FLAIR", "BB"])
-    return {name: train_segmenter(images[:, m], masks, steps=50, progress=False)[0] for m, name in names}
+    return {name: train_segmenter(images[:, m], masks, steps=40, progress=False)[0] for m, name in names}
 
 
 @pytest.fixture(scope="module")

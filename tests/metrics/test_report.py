@@ -69,15 +69,10 @@ class Page(HTMLParser):
             self.text += data
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "-"), (float("nan"), "-"), (3, "3"), ("a", "a"), (0.0, "0.000"), (1.23456, "1.235"), (0.98, "0.980"),
-        (0.012345, "0.0123"), (-0.0005, "-0.0005"), (19.04, "19.040"),
-    ],
-)  # fmt: skip
-def test_cells(value, text):
-    assert show(value) == text
+def test_cells():
+    values = [None, float("nan"), 3, "a", 0.0, 1.23456, 0.98, 0.012345, -0.0005, 19.04]
+    expected = ["-", "-", "3", "a", "0.000", "1.235", "0.980", "0.0123", "-0.0005", "19.040"]
+    assert [show(value) for value in values] == expected
 
 
 def test_both_forms_say_the_same(results, pictures, tmp_path):
@@ -141,6 +136,9 @@ def test_tables_of_scores(results, pictures, tmp_path):
     assert re.fullmatch(r"\S+ \[\S+, \S+\]", scores[1][1])
     assert scores[7][-1] == fidelity["DLDM"]["diversity_real"]["mean"]
     assert by_modality[0] == ["", *fidelity["DLDM"]["modalities"], "mean"] and len(by_modality) == 1 + 8 * 4
+    assert (
+        tables["steps"][-1][0] == SECOND and tables["steps"][1][1] == results["steps"]["entries"][0]["frechet_distance"]
+    )
     assert by_modality[2][1] == fidelity["StyleGAN2"]["scores"]["frechet_distance"]["T1"]["value"]
 
     assert "is not an FID" in write_report(results, pictures, tmp_path)
@@ -169,10 +167,11 @@ def test_alignment_and_probes_show_every_measure_there_is(results, pictures, tmp
 
 
 def test_plots(results, tmp_path):
+    scores = results["fidelity"]["DLDM"]["scores"]
+    results["fidelity"]["DLDM"]["scores"] = {name: scores[name] for name in ("precision", "diversity")}
     plot_scores(results["fidelity"], tmp_path / "scores.png")
     assert len(np.unique(np.asarray(Image.open(tmp_path / "scores.png").convert("RGB")).reshape(-1, 3), axis=0)) > 8
     steps = results["steps"]
-    assert build_tables(results)["steps"][-1][0] == SECOND
     plot_steps(steps, tmp_path / "steps.png")
     plot_steps(steps | {"floor": None}, tmp_path / "alone.png")
     assert Image.open(tmp_path / "steps.png").width >= 400

@@ -136,6 +136,8 @@ def test_one_wrong_subject_shows_in_misaligned_although_the_means_hide_it(subjec
     mixed = evaluate_alignment(images, masks, NAMES, reference=real, progress=False)
     assert mixed["edge_correlation_change_worst"] > -0.15
     assert mixed["misaligned"] > 0
+    strict = real | {"edge_correlation_shuffled_p95": dict.fromkeys(real["edge_correlation"], 1.0)}
+    assert evaluate_alignment(images, masks, NAMES, reference=strict, progress=False)["misaligned"] == 1
 
 
 def test_missing_modalities_masks_and_other_names(subjects, segmenters):

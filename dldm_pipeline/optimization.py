@@ -62,7 +62,9 @@ class MuonAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[p]
                 if not state:
-                    state.update({"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)})  # AdamW expects a step
+                    state.update(
+                        {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
+                    )  # AdamW expects a step
                 average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalize(p.grad.lerp(average, group["momentum"]).flatten(1))
                 p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)

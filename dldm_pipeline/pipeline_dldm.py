@@ -236,7 +236,7 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
         for name, value, fits, expected in (
             *((k, v, type(v) is int and v >= 1, "a whole number of at least 1") for k, v in counts.items()),
             ("modalities", modalities, distinct and {*modalities} <= {*known}, f"some of {known}, none twice"),
-            ("guidance_scale", guidance_scale, guidance_scale >= 1, "at least 1 (no guidance)"),
+            ("guidance_scale", guidance_scale, 1 <= guidance_scale < math.inf, "at least 1 (no guidance)"),
             ("eta", eta, 0 <= eta < 1, "at least 0 and below 1, such as 0.9"),
             ("noise_scale", noise_scale, 0 <= noise_scale < math.inf, "at least 0 (no noise)"),
             ("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {list(OUTPUT_TYPES)}"),
@@ -427,6 +427,8 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
             part = slice(first, first + size)
             decoded = self.autoencoder.decode(structure[part].to(dtype), styles[part].to(dtype))
             image, foreground = decoded.sample.float(), decoded.foreground > 0
+            if not image.isfinite().all():  # NaN would pass for background
+                raise ValueError("The images are not finite numbers: the weights, `structure` or `styles` hold NaN.")
             if noise_scale and config.noise_level is not None:
                 noise_seeds = [seed[1 + len(config.modalities) + m] for seed in seeds[part] for m in wanted]
                 generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]

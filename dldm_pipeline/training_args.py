@@ -159,7 +159,9 @@ class DecoderArgs(TrainingArgs):
 
     config: str | None = option("decoder_small", CONFIG_HELP)
     output_dir: str = option("outputs/sharp", "the pipeline and its checkpoints go here")
-    pipeline: str | None = option(None, "pipeline folder to sharpen, or its name on the Hub; by default the bundled one")
+    pipeline: str | None = option(
+        None, "pipeline folder to sharpen, or its name on the Hub; by default the bundled one"
+    )
     generated_subjects: int = option(768, "new structures to generate before training")
     mix_probability: float = option(0.5, "fraction of styles taken from another subject")
     subset_probability: float = option(0.6, "fraction of structures from a random subset of the modalities")

@@ -1,6 +1,7 @@
 """What a training resumes from: its clock, which also moves the learning rates, and its checkpoints."""
 
 import json
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -65,6 +66,10 @@ class TrainingClock:
     def start(self) -> None:
         """Begin to count now, so that loading data is not counted."""
         self._started = time.monotonic()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count seconds that were no training."""
+        self._started += seconds
 
     def tick(self) -> None:
         """Count one optimizer step that was just made."""
@@ -185,11 +190,11 @@ def load_checkpoint(
         for old, new in zip(ema.shadow_params, saved, strict=True):
             old.copy_(new)
         ema.optimization_step = int(state["ema_step"])
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"--resume_from_checkpoint {folder}: does not fit this run ({reason}); use the same preset, or a new "
-            "--output_dir"
+            f"--resume_from_checkpoint {folder}: is damaged or does not fit this run ({reason}); use the same preset, "
+            "another checkpoint, or a new --output_dir"
         ) from error
     clock.load_state_dict(state)
     accelerator.print(f"resumed from {folder} at step {clock.step}")

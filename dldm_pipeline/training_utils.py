@@ -27,7 +27,7 @@ from dldm_pipeline.encoding import validate_autoencoder
 from dldm_pipeline.modalities import DEFAULT_MODALITIES
 from dldm_pipeline.optimization import MuonAdamW
 from dldm_pipeline.training_args import TrainingArgs
-from dldm_pipeline.training_state import TrainingClock, load_checkpoint, save_checkpoint
+from dldm_pipeline.training_state import TrainingClock, list_checkpoints, load_checkpoint, save_checkpoint
 
 LOG_STEPS = 10
 VALIDATION_SLICES = 64
@@ -226,6 +226,11 @@ def fit(
         The clock: steps made and seconds of training.
     """
     output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
+    if not args.resume_from_checkpoint and list_checkpoints(output_dir):
+        raise ValueError(
+            f"--output_dir {output_dir}: it holds checkpoints of an earlier run; add --resume_from_checkpoint latest to go "
+            "on, or name another folder"
+        )
     ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
     ema.to(accelerator.device)
     clock = TrainingClock(args.max_train_steps, args.max_train_minutes, accelerator)
@@ -259,13 +264,13 @@ def fit(
             logged = {f"train/{key}": value for key, value in values.items()}
             accelerator.log({**logged, "train/learning_rate": rate}, step=clock.step)
         if validate is not None and args.validation_steps and clock.step % args.validation_steps == 0 and is_main:
-            state, path = clock.state_dict(), output_dir / "validation" / f"step-{clock.step:06d}.png"
+            began, path = clock.elapsed, output_dir / "validation" / f"step-{clock.step:06d}.png"
             with averaged_weights(model, ema):
                 figures = validate(path, clock)
             bar.write(f"step {clock.step}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
             accelerator.log({f"validation/{key}": value for key, value in figures.items()}, step=clock.step)
             log_image(accelerator, "validation", Image.open(path), clock.step)
-            clock.load_state_dict(state)
+            clock.leave_out(clock.elapsed - began)
         if args.checkpointing_steps and (clock.done or clock.step % args.checkpointing_steps == 0):
             save_checkpoint(accelerator, output_dir, clock, ema)
     bar.close()
@@ -303,6 +308,11 @@ def fit_on_slices(
     validation_loader = DataLoader(evenly_spaced_subset(validation_set, VALIDATION_SLICES), 16)
     optimizer = MuonAdamW(autoencoder, args.learning_rate)
     objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    if not len(loader):
+        raise ValueError(
+            f"--train_batch_size {args.train_batch_size}: too many for the {len(train_set)} training slices on "
+            f"{accelerator.num_processes} process(es); give fewer"
+        )
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def step(number: int) -> dict[str, torch.Tensor]:

@@ -300,6 +300,15 @@ def test_scheduler_works(tiny_pipeline, name):
         torch.testing.assert_close(structure, known, rtol=0, atol=0.06)
 
 
+def test_scheduler_that_scales_its_input_samples_the_same(tiny_pipeline):
+    """Euler's steps are those of DDIM in another scale of the latents, and of the noise that they start from."""
+    expected = tiny_pipeline._draw_structures(2, 10, seeded())
+    tiny_pipeline.scheduler = scheduler("EulerDiscreteScheduler", tiny_pipeline)
+    torch.testing.assert_close(tiny_pipeline._draw_structures(2, 10, seeded()), expected, rtol=0, atol=0.02)
+    tiny_pipeline.scheduler = scheduler("DPMSolverMultistepScheduler", tiny_pipeline, solver_order=1)
+    torch.testing.assert_close(tiny_pipeline._draw_structures(2, 10, seeded()), expected, rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_scheduler_that_cannot_work_on_zero_terminal_snr_is_refused(tiny_pipeline, name):
     with pytest.raises((ValueError, ImportError), match=REFUSED[name]):

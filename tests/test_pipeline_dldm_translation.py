@@ -138,13 +138,13 @@ def test_all_given_needs_a_choice(pipe):
 
 
 def test_styles_of_a_reference_subject(pipe):
-    images, reference = make_images(3, ["T1"]), make_images(1, ["T1", "T2"], seed=1)
-    output = call(pipe, images, reference_images=reference)
-    assert output.modalities == ["T2", "WB"]
+    images, reference = make_images(3, ["T1"]), make_images(1, ["T2"], seed=1)
+    output = call(pipe, images, reference_images=reference, modalities=["T2", "WB", "T1"])
     close(output.styles[:, 0], encode(pipe, reference)[1][[0, 0, 0], 1])
+    close(output.styles[:, 2], encode(pipe, images)[1][:, 0])  # not in the reference, but given
     sampled = call(pipe, images)
     assert torch.equal(output.structure, sampled.structure)
-    close(output.by_modality["WB"], sampled.by_modality["WB"])  # not in the reference: sampled as before
+    close(output.by_modality["WB"], sampled.by_modality["WB"])  # in neither: sampled as before
     assert not np.allclose(output.by_modality["T2"], sampled.by_modality["T2"])
     # one reference each, and a given modality in the style of a reference
     references = make_images(3, ["T1"], seed=2)

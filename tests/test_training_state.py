@@ -111,6 +111,10 @@ def test_resuming_from_what_does_not_fit_is_refused(tmp_path):
     other = accelerator.prepare(torch.nn.Linear(5, 5))
     with pytest.raises(ValueError, match="does not fit"):
         load_checkpoint(accelerator, tmp_path, str(folder), clock, EMAModel(other.parameters()))
+    (folder / "optimizer.bin").write_bytes(b"")
+    accelerator, model, ema, clock, train = make_run()
+    with pytest.raises(ValueError, match="is damaged or does not fit"):
+        load_checkpoint(accelerator, tmp_path, str(folder), clock, ema)
     (folder / "ema.safetensors").unlink()
     accelerator, model, ema, clock, train = make_run()
     with pytest.raises(ValueError, match="does not fit"):

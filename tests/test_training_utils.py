@@ -135,3 +135,10 @@ def test_validation_is_no_training_time(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", slow)
     run = Run(tmp_path, max_train_minutes=1.0)
     assert run.clock.step == 6 and run.clock.elapsed == 0 and now[0] >= 200
+
+
+def test_checkpoints_of_an_earlier_run_are_neither_taken_nor_deleted(tmp_path):
+    Run(tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run; add --resume_from_checkpoint latest"):
+        Run(tmp_path, seed=1)
+    assert (tmp_path / "checkpoint-6").is_dir()

@@ -75,9 +75,13 @@ def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[P
         FileExistsError: If `output` is a file, or a folder with something in it and not to be overwritten.
         OSError: With a message that names `output`, if it cannot be written or the disk is full.
     """
-    output = Path(output).absolute()
+    output = Path(output).resolve()  # where a link leads
     if output.exists() and (not output.is_dir() or (not overwrite and any(output.iterdir()))):
         raise FileExistsError(f"{output} already exists and is not an empty folder; delete it or name another output.")
+    if output.is_mount():
+        raise FileExistsError(
+            f"{output} is a mount point, which cannot be replaced as a whole; name a folder inside it."
+        )
     folder = _temporary(output)
     try:
         folder.mkdir(parents=True)

@@ -45,7 +45,11 @@ def test_every_training_gets_a_row(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--of", "mixing"], "--of"), (["--max_train_minutes=0"], "--max_train_minutes 0.0"), ([], "2 validation subjects")],
+    [
+        (["--of", "mixing"], "--of"),
+        (["--max_train_minutes=0"], "--max_train_minutes 0.0"),
+        ([], "2 validation subjects"),
+    ],
 )
 def test_bad_arguments_end_before_any_training(tmp_path, capsys, words, message):
     data = write_discs(tmp_path / "data", 10)

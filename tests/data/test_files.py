@@ -84,3 +84,17 @@ def test_messages_of_the_system_name_the_folder(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=message), new_folder(path):
             raise OSError(error, os.strerror(error))
     assert names(tmp_path) == ["closed", "file"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "x").write_text("1")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "x").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_mount_point_is_refused_before_the_work():
+    with pytest.raises(OSError, match="/proc.*"), new_folder("/proc"):
+        pytest.fail("the work began")

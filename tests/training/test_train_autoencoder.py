@@ -56,6 +56,7 @@ def test_a_seed_fixes_the_weights_and_resumed_training_goes_on_from_the_checkpoi
         (["--resolution=64"], "--image_size"),
         (["--modalities", "T1", "BB"], "BB"),
         (["--dataset=/nowhere"], "/nowhere"),
+        (["--train_batch_size=17"], "--train_batch_size 17: too many for the 12 training slices"),
         (["--init_from=absent"], "--init_from absent: no autoencoder there"),
         (["--mix_probability=2"], "--mix_probability 2.0: must be between 0 and 1"),
         (["--encoder_channels", "8", "0"], "--encoder_channels 0"),

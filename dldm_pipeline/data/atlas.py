@@ -14,12 +14,21 @@ import numpy as np
 from scipy import ndimage
 
 # Corners of the part of the atlas that is kept, MNI mm: the whole brain across, more levels than a tilted slice needs.
-_KEPT = np.array([[-78.0, -114.0, -40.0], [78.0, 80.0, 76.0]])
+_KEPT = ((-78.0, -114.0, -40.0), (78.0, 80.0, 76.0))
 
 
-@lru_cache(maxsize=1)
-def load_atlas() -> tuple[np.ndarray, np.ndarray]:
+# The whole brain, cerebellum and brain stem included.
+WHOLE_BRAIN = ((-78.0, -114.0, -72.0), (78.0, 80.0, 86.0))
+
+
+@lru_cache(maxsize=2)
+def load_atlas(
+    corners: tuple[tuple[float, float, float], tuple[float, float, float]] = _KEPT,
+) -> tuple[np.ndarray, np.ndarray]:
     """Sharpened atlas, computed once per process (about 4 s).
+
+    Args:
+        corners: lowest and highest MNI coordinates in mm of the part that is kept.
 
     Returns:
         Maps (X, Y, Z, 4) float32 at 1 mm: fluid and white matter, both as signed evidence (positive inside, about one unit
@@ -29,7 +38,7 @@ def load_atlas() -> tuple[np.ndarray, np.ndarray]:
     from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template  # slow import
 
     template = load_mni152_template(resolution=1)
-    first, last = (_KEPT - template.affine[:3, 3]).astype(int)
+    first, last = (np.array(corners) - template.affine[:3, 3]).astype(int)
     keep = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
     t1, grey, white = (
         image.get_fdata(dtype=np.float32)[keep]
@@ -61,7 +70,7 @@ def load_atlas() -> tuple[np.ndarray, np.ndarray]:
     matter = (ratio - 0.5) / 0.22
     away = ndimage.distance_transform_edt(~ventricles) - 0.5
     maps = np.stack([np.clip(fluid, -4, 4), np.clip(matter, -4, 4), depth, away], axis=-1).astype(np.float32)
-    return maps, _KEPT[0]
+    return maps, np.array(corners[0])
 
 
 def interpolate(maps: np.ndarray, where: np.ndarray) -> np.ndarray:

@@ -1,0 +1,367 @@
+"""The anatomy of simulated subjects: a three-dimensional description that any slice is cut from.
+
+The atlas (`atlas.py`) is turned, scaled and bent by one smooth warp; lesions are bodies with a distance to their surface,
+and vessels are tubes. Coordinates are millimetres in the scanner: x to the right of the atlas, y to the front, z up.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from scipy import ndimage
+
+from dldm_pipeline.data.atlas import WHOLE_BRAIN, interpolate, load_atlas
+from dldm_pipeline.data.mr_signal import TISSUES
+
+# Anatomy is computed on about this many pixels across, then averaged down: anti-aliased, and alike at every size.
+_SUPERSAMPLED = 256
+_EXTENT = np.array([96.0, 114.0, 98.0])  # mm: half of the box that holds every subject, around `_CENTRE`
+_CENTRE = np.array([0.0, -17.0, 5.0])  # MNI coordinates of the scanner's middle
+_BOX_MARGIN = 1.04  # field of view over the brain's longest side, as real scans are cut (`volumes.py`)
+_PATH_STEP = 0.8  # mm between the points of a vessel
+_VESSEL_BANK = 1500  # vessels traced in the atlas; each subject has some of them
+
+
+class SmoothField:
+    """Random smooth fields in space: cubic B-splines with random coefficients, about unit variance.
+
+    Args:
+        rng: where the coefficients come from.
+        number: how many fields.
+        distance: mm between the knots, about the size of the fields' features.
+    """
+
+    def __init__(self, rng: np.random.Generator, number: int, distance: float) -> None:
+        self.distance = distance
+        self.first = -_EXTENT - distance
+        shape = np.ceil(2 * _EXTENT / distance).astype(int) + 4
+        # 0.332: standard deviation of a cubic B-spline surface in three dimensions with unit coefficients.
+        self.coefficients = rng.standard_normal((number, *shape[::-1]), dtype=np.float32) / np.float32(0.332)
+
+    def _basis(self, at: np.ndarray, axis: int) -> np.ndarray:
+        knots = np.arange(self.coefficients.shape[3 - axis])
+        t = np.abs((np.atleast_1d(at)[:, None] - self.first[axis]) / self.distance - knots)
+        return np.where(t < 1, 2 / 3 - t * t * (1 - t / 2), np.maximum(2 - t, 0) ** 3 / 6).astype(np.float32)
+
+    def slice(self, x: np.ndarray, y: np.ndarray, z: float) -> np.ndarray:
+        """Values (number, len(y), len(x)) in the plane at height z."""
+        weights = self._basis(z, 2)[0]
+        near = np.flatnonzero(weights)
+        plane = np.tensordot(weights[near], self.coefficients[:, near], axes=(0, 1))
+        return self._basis(y, 1) @ plane @ self._basis(x, 0).T
+
+    def grid(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Values (number, len(x), len(y), len(z))."""
+        by = (self._basis(z, 2), self._basis(y, 1), self._basis(x, 0))
+        return np.einsum("nkji,zk,yj,xi->nxyz", self.coefficients, *by, optimize=True)
+
+
+@lru_cache(maxsize=1)
+def _landmarks() -> dict[str, np.ndarray]:
+    """What is looked up in the atlas once: MNI coordinates of its surface, of places for lesions, and of vessels.
+
+    Returns:
+        surface: (N, 3) points on the brain's surface.
+        places: (N, 4) points in white or grey matter, and the mm to the nearest large fluid space or the surface.
+        vessels: (V, P, 3) paths, `_PATH_STEP` mm a step.
+        sinus: (P, 3) path of the superior sagittal sinus, from the front to the back.
+    """
+    maps, origin = load_atlas(WHOLE_BRAIN)
+    fluid, depth = maps[..., 0], maps[..., 2]
+    rng = np.random.default_rng(0)
+
+    def some(where: np.ndarray, number: int) -> np.ndarray:
+        found = np.argwhere(where)
+        return found[rng.choice(len(found), min(number, len(found)), replace=False)]
+
+    surface = some((depth > 0) & (depth < 1), 4000) + origin
+    pools = ndimage.gaussian_filter(fluid, 2.0) > 0.4
+    room = ndimage.distance_transform_edt(~pools & (depth > 2))
+    inside = some((room > 3) & (np.arange(depth.shape[2]) + origin[2] > -45), 12000)
+    places = np.column_stack([inside + origin, room[tuple(inside.T)]])
+
+    # Vessels of the sulci: all at once, one step after another towards the deepest fluid ahead.
+    only_fluid = ndimage.gaussian_filter(np.clip(fluid, -1, 2), 0.7)[..., None]
+    seeds = some((only_fluid[..., 0] > 0.1) & (depth > 1) & (depth < 30) & (maps[..., 3] > 6), _VESSEL_BANK)
+    at, heading = seeds.astype(float), rng.normal(size=(len(seeds), 3))
+    path = [at]
+    for _ in range(30):
+        heading /= np.linalg.norm(heading, axis=1, keepdims=True)
+        ahead = heading + 0.45 * rng.normal(size=(7, *heading.shape))
+        ahead /= np.linalg.norm(ahead, axis=2, keepdims=True)
+        found = interpolate(only_fluid, (at + 2 * ahead).reshape(-1, 3).T).reshape(7, -1)
+        heading = np.take_along_axis(ahead, found.argmax(0)[None, :, None], 0)[0]
+        at = at + _PATH_STEP * heading
+        path.append(at)
+    vessels = np.stack(path, 1) + origin
+
+    middle = depth[int(-origin[0])]
+    high = np.arange(middle.shape[1])
+    top = np.array([high[column > 0].max() if (column > 0).any() else 0 for column in middle])
+    back = np.flatnonzero(top + origin[2] > -8)
+    sinus = np.column_stack([np.zeros(len(back)), back + origin[1], top[back] + origin[2] - 1.0])[::-1]
+    return {"surface": surface, "places": places, "vessels": vessels, "sinus": sinus}
+
+
+class Anatomy:
+    """One subject's head: everything but how it is imaged.
+
+    Args:
+        seed: non-negative integer, or a sequence of them.
+        tumour: whether it has lesions.
+
+    Attributes:
+        factors: name -> number drawn.
+        bottom, top: z in mm of the brain's lowest and highest point.
+        field_of_view: side in mm of the square that is imaged, the same for all slices.
+        lesions: one dictionary a lesion: centre (3,), radius in mm, and its shape.
+    """
+
+    def __init__(self, seed: int | tuple[int, ...], tumour: bool = True) -> None:
+        frame, details, lesions, vessels = (
+            np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4)
+        )
+        self.factors: dict[str, float] = {}
+        self.maps, self.origin = load_atlas(WHOLE_BRAIN)
+        self._place_frame(frame)
+        self.ripples = SmoothField(details, 4, 6.0)
+        self.patches = SmoothField(details, 3, 16.0)
+        marks = _landmarks()
+        surface = self._from_atlas(marks["surface"])
+        low, high = surface.min(0), surface.max(0)
+        self.bottom, self.top = float(low[2]), float(high[2])
+        self.middle = (low + high) / 2
+        self.field_of_view = float(_BOX_MARGIN * max(high[:2] - low[:2]))
+        self.factors["field_of_view_mm"] = self.field_of_view
+        self.lesions = self._place_lesions(lesions, marks["places"]) if tumour else []
+        self.factors["lesions"] = len(self.lesions)
+        self._place_vessels(vessels, marks["vessels"], marks["sinus"])
+
+    def _place_frame(self, rng: np.random.Generator) -> None:
+        angles = rng.normal(0, [7.0, 2.5, 3.0])  # degrees about x, y and z
+        flip = rng.choice([-1.0, 1.0])
+        stretch = rng.normal(1, [0.035, 0.035, 0.04])
+        (cx, cy, cz), (sx, sy, sz) = np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))
+        turn = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+        turn = turn @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]) @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+        self.matrix = np.diag([flip, 1, 1]) @ turn / stretch  # scanner to atlas
+        self.warps = [(SmoothField(rng, 3, 40.0), 3.2), (SmoothField(rng, 3, 18.0), 1.3)]
+        self.fluid_bias, self.white_bias = rng.normal(-0.5, 0.35), rng.normal(-0.5, 0.2)
+        self.ventricle_growth = 4.5 * rng.beta(1.2, 2)  # mm
+        for name, value in zip(("tilt_x_deg", "tilt_y_deg", "turn_deg"), angles, strict=True):
+            self.factors[name] = float(value)
+        for name, value in zip(("width", "length", "height"), stretch, strict=True):
+            self.factors[f"relative_{name}"] = float(value)
+        self.factors.update(
+            flipped=float(flip < 0), fluid_bias=self.fluid_bias, white_bias=self.white_bias,
+            ventricle_growth_mm=self.ventricle_growth,
+        )  # fmt: skip
+        # The warp on a coarse grid: to keep it from folding, and to invert it.
+        self.axes = [np.arange(-extent, extent + 1, 9.0) for extent in _EXTENT]
+        self.shift = sum(std * field.grid(*self.axes) for field, std in self.warps)
+        slopes = np.stack([np.stack(np.gradient(s, 9.0)) for s in self.shift])
+        self.strength = 1.0
+        while np.linalg.det(np.eye(3) + self.strength * np.moveaxis(slopes, (0, 1), (-2, -1))).min() < 0.35:
+            self.strength *= 0.85
+        self.shift *= self.strength
+
+    def _from_atlas(self, points: np.ndarray) -> np.ndarray:
+        """Scanner coordinates of MNI points (N, 3), by fixed-point iteration."""
+        goal = (points - _CENTRE) @ np.linalg.inv(self.matrix).T
+        at = goal
+        for _ in range(4):
+            where = ((at - [axis[0] for axis in self.axes]) / 9.0).T
+            shift = [ndimage.map_coordinates(s, where, order=1, mode="nearest") for s in self.shift]
+            at = goal - np.stack(shift, 1)
+        return at
+
+    def _place_lesions(self, rng: np.random.Generator, places: np.ndarray) -> list[dict]:
+        """Either one large infiltrating lesion or one to five small ones."""
+        large = rng.random() < 0.5
+        count = 1 if large else int(rng.choice([1, 2, 3, 4, 5], p=[0.35, 0.28, 0.18, 0.12, 0.07]))
+        radii = [rng.uniform(11, 24)] if large else np.clip(rng.lognormal(np.log(7), 0.4, count), 4.5, 14.0)
+        lesions: list[dict] = []
+        self.factors["large_lesion"] = float(large)
+        for number, radius in enumerate(np.sort(radii)[::-1], start=1):
+            weight = np.where(places[:, 3] > min(0.6 * radius, 0.9 * places[:, 3].max()), 1.0, 0.0)
+            for other in lesions:
+                apart = np.linalg.norm(places[:, :3] - other["place"], axis=1)
+                weight *= apart > other["radius"] + radius + 4
+            if not weight.any():
+                continue
+            place = places[rng.choice(len(places), p=weight / weight.sum()), :3]
+            lesion = {
+                "place": place,
+                "centre": self._from_atlas(place[None])[0],
+                "radius": float(radius),
+                "stretch": np.exp(rng.normal(0, 0.16 if large else 0.08, 3)),
+                "ragged": rng.uniform(1.2, 3.4) if large else rng.uniform(0.2, 0.8),
+                "enhances": rng.random() < (0.75 if large else 1.0),
+                "solid": rng.random() < (0.15 if radius > 6 else 0.8),
+                "rim": max(rng.uniform(0.16, 0.4) * radius, 2.2),
+                "reach": rng.uniform(3, 16) if large else radius * rng.uniform(0.2, 1.5) + 2,
+                "wetness": rng.uniform(0.75, 1.0),
+                "push": rng.uniform(0.2, 0.6) if rng.random() < (0.7 if large else 0.3) else 0.0,
+                "necrosis": rng.uniform(0.4, 1.0),
+            }
+            lesions.append(lesion)
+            for name in ("radius", "rim", "reach"):
+                self.factors[f"lesion_{number}_{name}_mm"] = lesion[name]
+            self.factors[f"lesion_{number}_push"] = lesion["push"]
+        return lesions
+
+    def _place_vessels(self, rng: np.random.Generator, bank: np.ndarray, sinus: np.ndarray) -> None:
+        count = int(rng.integers(250, 600))
+        self.factors["vessels"] = count
+        chosen = bank[rng.choice(len(bank), count, replace=False)]
+        lengths = rng.integers(3, chosen.shape[1] + 1, count)
+        radii = rng.uniform(0.5, 1.3, count)
+        kept = np.arange(chosen.shape[1]) < lengths[:, None]
+        size = np.linspace(rng.uniform(0.8, 1.6), rng.uniform(1.8, 3.0), len(sinus))
+        points = np.concatenate([chosen[kept], sinus])
+        self.vessel_points = self._from_atlas(points)
+        self.vessel_radii = np.concatenate([np.broadcast_to(radii[:, None], kept.shape)[kept], size])
+
+    def level(self, height: float) -> float:
+        """z in mm of a relative height."""
+        return self.bottom + height * (self.top - self.bottom)
+
+    def relative_height(self, z: float) -> float:
+        """The relative height of a level in mm."""
+        return float((z - self.bottom) / (self.top - self.bottom))
+
+    def pixel_axes(self, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+        """x of the columns and y of the rows, in mm; row 0 is the forehead."""
+        offset = ((np.arange(pixels) + 0.5) / pixels - 0.5) * self.field_of_view
+        return np.float32(self.middle[0] + offset), np.float32(self.middle[1] - offset)
+
+    def cut(self, height: float, size: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+        """The slice at a relative height.
+
+        Returns:
+            tissues: name in `TISSUES` -> (size, size) float32 partial-volume fraction.
+            textures: tissue -> (size, size) float32 factor around 1; `"iron"`: how much of the grey matter is nuclei.
+            labels: (size, size) uint8.
+        """
+        pixels = size * max(1, round(_SUPERSAMPLED / size))
+        x, y = self.pixel_axes(pixels)
+        z = self.level(height)
+        ripples, patches = self.ripples.slice(x, y, z), self.patches.slice(x, y, z)
+        where = sum(np.float32(std * self.strength) * field.slice(x, y, z) for field, std in self.warps)
+        for lesion in self.lesions:
+            if lesion["push"]:
+                dx, dy, dz = (a - c for a, c in zip((x, y[:, None], z), lesion["centre"], strict=True))
+                wide = 1.8 * lesion["radius"]
+                pull = np.float32(lesion["push"]) * np.exp(-(dx * dx + dy * dy + dz * dz) / np.float32(wide**2))
+                where[0] -= dx * pull
+                where[1] -= dy * pull
+                where[2] -= np.float32(dz) * pull
+        where[0] += x
+        where[1] += y[:, None]
+        where[2] += np.float32(z)
+        voxels = self.matrix.astype(np.float32) @ where.reshape(3, -1)
+        voxels += np.float32(_CENTRE - self.origin)[:, None]
+        sampled = np.ascontiguousarray(interpolate(self.maps, voxels).T).reshape(4, pixels, pixels)
+        fluid, matter, depth, away = sampled
+        fluid = np.maximum(fluid + np.float32(self.fluid_bias) + 0.25 * ripples[0], self.ventricle_growth - away)
+        csf = _sigmoid(1.7 * fluid)
+        white = (1 - csf) * _sigmoid(1.9 * (matter + np.float32(self.white_bias) + 0.2 * ripples[1]))
+        tissues = {"white": white, "grey": 1 - csf - white, "csf": csf}
+        enhancing, necrosis, healthy = self._lesion_fractions(x, y, z, depth, away, ripples, patches)
+        core = enhancing + necrosis
+        vessel = self._vessel_fraction(x, y, z) * (1 - core)
+        for name in tissues:
+            tissues[name] = tissues[name] * (1 - core - vessel)
+        # Oedema spreads along white matter and hardly enters the cortex.
+        swollen = 1 - healthy
+        oedema = swollen * (tissues["white"] + 0.35 * tissues["grey"])
+        tissues["white"] = tissues["white"] * healthy
+        tissues["grey"] = tissues["grey"] * (1 - 0.35 * swollen)
+        tissues.update(enhancing=enhancing, necrosis=necrosis, oedema=oedema, vessel=vessel)
+        edge = _sigmoid((depth + 0.5 * ripples[3]) / 0.3)
+        tissues = {name: _shrink((tissues[name] * edge).astype(np.float32), size) for name in TISSUES}
+        brain = sum(tissues.values())
+        inside = brain >= 0.5
+        for name in tissues:
+            tissues[name] *= inside
+        textures = {
+            "white": _shrink(1 + 0.015 * ripples[2] + 0.015 * patches[2], size),
+            "grey": _shrink(1 + 0.02 * ripples[3], size),
+            "enhancing": _shrink(1 + 0.10 * ripples[2] + 0.1 * patches[1], size),
+            "oedema": _shrink(1 + 0.05 * ripples[3] + 0.06 * patches[1], size),
+            "necrosis": _shrink(1 + 0.05 * ripples[0] + 0.05 * patches[0], size),
+            "iron": _shrink(_sigmoid((depth - 36) / 4), size),
+        }
+        labels = np.where(tissues["oedema"] >= 0.4, 2, 0)
+        dead, living = tissues["necrosis"], tissues["enhancing"]
+        labels = np.where(dead + living >= 0.5, np.where(living >= dead, 3, 1), labels) * inside
+        return tissues, textures, labels.astype(np.uint8)
+
+    def _lesion_fractions(
+        self, x: np.ndarray, y: np.ndarray, z: float, depth: np.ndarray, away: np.ndarray, ripples: np.ndarray,
+        patches: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        """Enhancing and necrotic fractions, and what oedema leaves of white matter."""
+        enhancing, necrosis, healthy = np.zeros_like(depth), np.zeros_like(depth), np.ones_like(depth)
+        for lesion in self.lesions:
+            radius, ragged = lesion["radius"], lesion["ragged"]
+            extent = 1.7 * radius + 2 * lesion["reach"] + 8
+            cx, cy, cz = lesion["centre"]
+            if abs(z - cz) > extent:
+                continue
+            window = (
+                slice(*np.searchsorted(-y, (-cy - extent, -cy + extent))),
+                slice(*np.searchsorted(x, (cx - extent, cx + extent))),
+            )
+            sx, sy, sz = lesion["stretch"]
+            dx, dy = (x[window[1]] - cx) / sx, (y[window[0], None] - cy) / sy
+            distance = np.sqrt(dx * dx + dy * dy + ((z - cz) / sz) ** 2, dtype=np.float32)
+            coarse, other = patches[0][window], patches[1][window]
+            fine, grain = ripples[2][window], ripples[1][window]
+            outside = distance - radius + np.float32(ragged) * coarse + np.float32(0.35 * ragged) * fine
+            # A tumour grows round the ventricles and stops at the surface.
+            outside = np.maximum(outside, np.maximum(1.5 - away[window], 2.0 - depth[window]))
+            core = _sigmoid(-outside / 0.4)
+            rim = np.float32(lesion["rim"]) * (1 + np.float32(0.45) * np.tanh(other)) + 0.5 * grain
+            if lesion["solid"]:
+                rim = rim + np.float32(radius)
+            dead = core * _sigmoid((-outside - np.maximum(rim, 0.5)) / 0.5)
+            if not lesion["enhances"]:
+                dead = core
+            reach = np.float32(lesion["reach"])
+            fingers = 0.35 * reach * other + 1.6 * fine + 1.0 * grain
+            wet = np.float32(lesion["wetness"]) * _sigmoid((reach + fingers - outside) / 1.2)
+            enhancing[window] = np.maximum(enhancing[window], core - dead)
+            necrosis[window] = np.maximum(necrosis[window], dead)
+            healthy[window] *= 1 - wet
+        total = np.maximum(enhancing + necrosis, 1)
+        return enhancing / total, necrosis / total, healthy
+
+    def _vessel_fraction(self, x: np.ndarray, y: np.ndarray, z: float) -> np.ndarray:
+        """Fraction of blood, from the points of the vessels' paths as balls."""
+        canvas = np.zeros((len(y), len(x)), dtype=np.float32)
+        across = self.vessel_radii**2 - (self.vessel_points[:, 2] - z) ** 2
+        near = np.flatnonzero(across > 0)
+        pixel = self.field_of_view / len(x)
+        column = (self.vessel_points[near, 0] - x[0]) / pixel
+        row = (y[0] - self.vessel_points[near, 1]) / pixel
+        radius = np.sqrt(across[near]) / pixel
+        reach = int(np.ceil(radius.max(initial=0))) + 1
+        steps = np.arange(-reach, reach + 1)
+        rows, columns = np.rint(row).astype(int)[:, None] + steps, np.rint(column).astype(int)[:, None] + steps
+        distance = np.hypot((rows - row[:, None])[:, :, None], (columns - column[:, None])[:, None, :])
+        cover = np.clip(radius[:, None, None] + 0.5 - distance, 0, 1).astype(np.float32)
+        valid = (rows >= 0)[:, :, None] & (rows < len(y))[:, :, None] & (columns >= 0)[:, None] & (columns < len(x))[:, None]
+        flat = rows[:, :, None] * len(x) + columns[:, None]
+        np.maximum.at(canvas.reshape(-1), flat[valid], cover[valid])
+        return canvas
+
+
+def _shrink(image: np.ndarray, size: int) -> np.ndarray:
+    """Mean over blocks of pixels, down to size x size."""
+    block = image.shape[0] // size
+    rows = sum(image[i::block] for i in range(block))
+    return sum(rows[:, i::block] for i in range(block)) / np.float32(block**2)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.float32(0.5) + np.float32(0.5) * np.tanh(np.float32(0.5) * x, dtype=np.float32)

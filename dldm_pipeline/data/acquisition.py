@@ -34,16 +34,25 @@ _PROTOCOLS = {
 SEQUENCES = tuple(_PROTOCOLS)
 
 # The window of a volume goes from `bottom` times the darkest to `top` times the brightest of white matter, grey matter and
-# fluid; `curve` is the exponent that follows. Mean and standard deviation of their logarithms, but for `bottom`.
+# fluid; `curve` is the exponent that follows. Mean and standard deviation, of the logarithm for `top` and `curve`.
 _WINDOWS = {
-    "T1": dict(bottom=(0.5, 0.2), top=(0.30, 0.15), curve=(0.0, 0.15)),
-    "T2": dict(bottom=(0.5, 0.2), top=(0.25, 0.20), curve=(0.0, 0.25)),
-    "FLAIR": dict(bottom=(0.5, 0.2), top=(0.60, 0.20), curve=(0.0, 0.15)),
-    "WB": dict(bottom=(0.5, 0.2), top=(0.80, 0.35), curve=(0.0, 0.2)),
-    "BB": dict(bottom=(0.5, 0.2), top=(0.70, 0.25), curve=(0.0, 0.2)),
+    "T1": dict(bottom=(0.45, 0.2), top=(0.36, 0.11), curve=(-0.2, 0.10)),
+    "T2": dict(bottom=(0.5, 0.2), top=(0.27, 0.13), curve=(-0.12, 0.22)),
+    "FLAIR": dict(bottom=(0.5, 0.2), top=(0.60, 0.14), curve=(-0.1, 0.12)),
+    "WB": dict(bottom=(0.5, 0.2), top=(0.78, 0.33), curve=(-0.05, 0.15)),
+    "BB": dict(bottom=(0.5, 0.2), top=(0.70, 0.25), curve=(-0.05, 0.15)),
 }
-# Correlation of the tops of two sequences' windows.
-_TOP_CORRELATION = 0.3
+# Correlation of the tops of two sequences' windows, and of their curves: T1, T2, FLAIR, WB, BB.
+_CORRELATION = np.array(
+    [
+        [1.00, 0.00, 0.65, 0.30, 0.30],
+        [0.00, 1.00, 0.10, 0.65, 0.60],
+        [0.65, 0.10, 1.00, 0.55, 0.55],
+        [0.30, 0.65, 0.55, 1.00, 0.90],
+        [0.30, 0.60, 0.55, 0.90, 1.00],
+    ]
+)
+_MIXING = np.linalg.cholesky(_CORRELATION)
 
 
 @dataclass
@@ -83,10 +92,10 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
 
     strong = rng.random() < 0.6
     factors["field_T"] = 3.0 if strong else 1.5
-    agent = float(np.exp(rng.normal(0, 0.3)))  # dose and delay after injection
+    agent = float(np.exp(rng.normal(-0.2, 0.2)))  # dose and delay after injection
     values = {}
     for tissue, mean in TISSUE_VALUES.items():
-        std = (0.10, 0.15, 0.03, 0.25) if tissue in ("oedema", "enhancing", "necrosis") else (0.04, 0.05, 0.01, 0.05)
+        std = (0.06, 0.08, 0.02, 0.2) if tissue in ("oedema", "enhancing", "necrosis") else (0.04, 0.05, 0.01, 0.05)
         t1, t2, density, uptake = (
             m * np.clip(rng.normal(1, s), 1 - 2.5 * s, 1 + 2.5 * s) for m, s in zip(mean, std, strict=True)
         )
@@ -94,10 +103,10 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
         for key, value in zip(("T1_ms", "T2_ms", "PD", "agent_mM"), values[tissue], strict=True):
             factors[f"{tissue}_{key}"] = float(value)
 
-    common = rng.standard_normal()
+    tops, curves = np.clip(_MIXING @ rng.standard_normal((len(SEQUENCES), 2)), -2.2, 2.2).T
     base_noise, base_spread = np.exp(rng.normal(np.log(0.012), 0.4)), rng.uniform(0.35, 0.8)
     signals, windows, noise, spread = {}, {}, {}, {}
-    for name, protocols in _PROTOCOLS.items():
+    for (name, protocols), wide, bent in zip(_PROTOCOLS.items(), tops, curves, strict=True):
         protocol = dict(protocols[int(rng.random() * len(protocols))])
         for key in ("TR", "TE", "TI", "flip"):
             if key in protocol:
@@ -106,10 +115,9 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
         factors[f"{name}_gradient_echo"] = float(protocol["kind"] == "gradient echo" or name == "T1" and "TI" in protocol)
         signals[name] = {tissue: signal(protocol, tissue, *values[tissue]) for tissue in TISSUES}
         window = _WINDOWS[name]
-        own = np.sqrt(_TOP_CORRELATION) * common + np.sqrt(1 - _TOP_CORRELATION) * rng.standard_normal()
         bottom = np.clip(rng.normal(*window["bottom"]), 0.0, 0.95)
-        top = np.exp(window["top"][0] + window["top"][1] * np.clip(own, -2.2, 2.2))
-        exponent = np.exp(rng.normal(*window["curve"]))
+        top = np.exp(window["top"][0] + window["top"][1] * wide)
+        exponent = np.exp(window["curve"][0] + window["curve"][1] * bent)
         healthy = [signals[name][tissue] for tissue in ("white", "grey", "csf")]
         windows[name] = (bottom * min(healthy), top * max(healthy), float(exponent))
         noise[name] = float(base_noise * np.exp(rng.normal(0, 0.3)))

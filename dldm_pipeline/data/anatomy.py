@@ -73,7 +73,7 @@ def _landmarks() -> dict[str, np.ndarray]:
         found = np.argwhere(where)
         return found[rng.choice(len(found), min(number, len(found)), replace=False)]
 
-    surface = some((depth > 0) & (depth < 1), 4000) + origin
+    surface = some((depth > 0) & (depth < 1), 2000) + origin
     pools = ndimage.gaussian_filter(fluid, 2.0) > 0.4
     room = ndimage.distance_transform_edt(~pools & (depth > 2))
     inside = some((room > 3) & (np.arange(depth.shape[2]) + origin[2] > -45), 12000)
@@ -131,7 +131,7 @@ class Anatomy:
         self.bottom, self.top = float(low[2]), float(high[2])
         self.middle = (low + high) / 2
         self.field_of_view = float(_BOX_MARGIN * max(high[:2] - low[:2]))
-        self.factors["field_of_view_mm"] = self.field_of_view
+        self.factors.update(bottom_mm=self.bottom, top_mm=self.top, field_of_view_mm=self.field_of_view)
         self.lesions = self._place_lesions(lesions, marks["places"]) if tumour else []
         self.factors["lesions"] = len(self.lesions)
         self._place_vessels(vessels, marks["vessels"], marks["sinus"])
@@ -145,7 +145,7 @@ class Anatomy:
         turn = turn @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]) @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
         self.matrix = np.diag([flip, 1, 1]) @ turn / stretch  # scanner to atlas
         self.warps = [(SmoothField(rng, 3, 40.0), 3.2), (SmoothField(rng, 3, 18.0), 1.3)]
-        self.fluid_bias, self.white_bias = rng.normal(-0.5, 0.35), rng.normal(-0.5, 0.2)
+        self.fluid_bias, self.white_bias = rng.normal(-0.9, 0.35), rng.normal(-0.5, 0.2)
         self.ventricle_growth = 4.5 * rng.beta(1.2, 2)  # mm
         for name, value in zip(("tilt_x_deg", "tilt_y_deg", "turn_deg"), angles, strict=True):
             self.factors[name] = float(value)
@@ -158,20 +158,18 @@ class Anatomy:
         # The warp on a coarse grid: to keep it from folding, and to invert it.
         self.axes = [np.arange(-extent, extent + 1, 9.0) for extent in _EXTENT]
         self.shift = sum(std * field.grid(*self.axes) for field, std in self.warps)
-        slopes = np.stack([np.stack(np.gradient(s, 9.0)) for s in self.shift])
+        slopes = [np.gradient(s, 9.0) for s in self.shift]
         self.strength = 1.0
-        while np.linalg.det(np.eye(3) + self.strength * np.moveaxis(slopes, (0, 1), (-2, -1))).min() < 0.35:
+        while _determinant(slopes, self.strength).min() < 0.35:
             self.strength *= 0.85
-        self.shift *= self.strength
+        self.shift = np.ascontiguousarray(np.moveaxis(self.strength * self.shift, 0, -1), dtype=np.float32)
 
     def _from_atlas(self, points: np.ndarray) -> np.ndarray:
         """Scanner coordinates of MNI points (N, 3), by fixed-point iteration."""
         goal = (points - _CENTRE) @ np.linalg.inv(self.matrix).T
         at = goal
-        for _ in range(4):
-            where = ((at - [axis[0] for axis in self.axes]) / 9.0).T
-            shift = [ndimage.map_coordinates(s, where, order=1, mode="nearest") for s in self.shift]
-            at = goal - np.stack(shift, 1)
+        for _ in range(3):
+            at = goal - interpolate(self.shift, ((at - [axis[0] for axis in self.axes]) / 9.0).T)
         return at
 
     def _place_lesions(self, rng: np.random.Generator, places: np.ndarray) -> list[dict]:
@@ -260,8 +258,10 @@ class Anatomy:
         where[2] += np.float32(z)
         voxels = self.matrix.astype(np.float32) @ where.reshape(3, -1)
         voxels += np.float32(_CENTRE - self.origin)[:, None]
-        sampled = np.ascontiguousarray(interpolate(self.maps, voxels).T).reshape(4, pixels, pixels)
-        fluid, matter, depth, away = sampled
+        near = self._near_brain(voxels.reshape(where.shape)).ravel()
+        sampled = np.full((4, pixels * pixels), np.float32(-9))
+        sampled[:, near] = interpolate(self.maps, voxels[:, near]).T
+        fluid, matter, depth, away = sampled.reshape(4, pixels, pixels)
         fluid = np.maximum(fluid + np.float32(self.fluid_bias) + 0.25 * ripples[0], self.ventricle_growth - away)
         csf = _sigmoid(1.7 * fluid)
         white = (1 - csf) * _sigmoid(1.9 * (matter + np.float32(self.white_bias) + 0.2 * ripples[1]))
@@ -277,7 +277,7 @@ class Anatomy:
         tissues["white"] = tissues["white"] * healthy
         tissues["grey"] = tissues["grey"] * (1 - 0.35 * swollen)
         tissues.update(enhancing=enhancing, necrosis=necrosis, oedema=oedema, vessel=vessel)
-        edge = _sigmoid((depth + 0.5 * ripples[3]) / 0.3)
+        edge = _sigmoid((depth - 0.8 + 0.5 * ripples[3]) / 0.3)
         tissues = {name: _shrink((tissues[name] * edge).astype(np.float32), size) for name in TISSUES}
         brain = sum(tissues.values())
         inside = brain >= 0.5
@@ -295,6 +295,15 @@ class Anatomy:
         dead, living = tissues["necrosis"], tissues["enhancing"]
         labels = np.where(dead + living >= 0.5, np.where(living >= dead, 3, 1), labels) * inside
         return tissues, textures, labels.astype(np.uint8)
+
+    def _near_brain(self, voxels: np.ndarray) -> np.ndarray:
+        """Which pixels may show brain: blocks of 4 x 4 whose middle is less than 6 mm away from it."""
+        corner = np.rint(voxels[:, 2::4, 2::4]).astype(int)
+        last = np.array(self.maps.shape[:3])[:, None, None] - 1
+        depth = self.maps[(*np.clip(corner, 0, last), 2)] - np.abs(corner - np.clip(corner, 0, last)).max(0)
+        near = np.repeat(np.repeat(depth > -6, 4, 0), 4, 1)
+        height, width = voxels.shape[1:]
+        return np.pad(near, ((0, max(0, height - len(near))), (0, max(0, width - near.shape[1]))), "edge")[:height, :width]
 
     def _lesion_fractions(
         self, x: np.ndarray, y: np.ndarray, z: float, depth: np.ndarray, away: np.ndarray, ripples: np.ndarray,
@@ -354,6 +363,14 @@ class Anatomy:
         flat = rows[:, :, None] * len(x) + columns[:, None]
         np.maximum.at(canvas.reshape(-1), flat[valid], cover[valid])
         return canvas
+
+
+def _determinant(slopes: list[list[np.ndarray]], strength: float) -> np.ndarray:
+    """Determinant of the Jacobian of x + strength * shift(x), from the gradients of the shift's components."""
+    a, b, c = ([strength * slope + (i == j) for j, slope in enumerate(row)] for i, row in enumerate(slopes))
+    return (
+        a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
+    )
 
 
 def _shrink(image: np.ndarray, size: int) -> np.ndarray:

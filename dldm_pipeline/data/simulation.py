@@ -15,7 +15,6 @@ import numpy as np
 
 from dldm_pipeline.data.acquisition import SEQUENCES, Acquisition, image_slice, sample_acquisition
 from dldm_pipeline.data.anatomy import Anatomy
-from dldm_pipeline.data.mr_signal import TISSUES
 from dldm_pipeline.modalities import DEFAULT_MODALITIES, check_modalities
 
 SIMULATOR_VERSION = 1
@@ -110,15 +109,15 @@ def simulate_subject(
     _check(size, modalities)
     acquisition_seed = seed if acquisition_seed is None else acquisition_seed
     anatomy, acquisition = _anatomy(seed, tumour), sample_acquisition(acquisition_seed)
-    if height is None:
-        height = _sample_height(anatomy, seed)
-        if tumour and not anatomy.cut(height, size)[2].any():  # the lesion's margin, or a lesion that is all fluid
-            height = _round(anatomy.relative_height(anatomy.lesions[0]["centre"][2]))
-    elif not 0 <= height <= 1:
+    seeds = (seed, acquisition_seed)
+    if height is not None and not 0 <= height <= 1:
         raise ValueError(f"height is {height!r}; give the relative level of the slice, 0 (lowest) to 1 (highest).")
-    else:
-        height = _round(height)
-    images, labels, tissues = _render(anatomy, acquisition, (seed, acquisition_seed), height, size, modalities)
+    drawn = height is None
+    height = _sample_height(anatomy, seed) if drawn else _round(height)
+    images, labels, tissues = _render(anatomy, acquisition, seeds, height, size, modalities)
+    if drawn and tumour and not labels.any():  # the lesion's margin: take its middle
+        height = _round(anatomy.relative_height(anatomy.lesions[0]["centre"][2]))
+        images, labels, tissues = _render(anatomy, acquisition, seeds, height, size, modalities)
     return SimulatedSubject(
         images,
         labels,
@@ -127,7 +126,7 @@ def simulate_subject(
         modalities,
         height,
         (anatomy.field_of_view / size,) * 2,
-        (seed, acquisition_seed),
+        seeds,
     )
 
 
@@ -218,6 +217,3 @@ def _check(size: int, modalities: tuple[str, ...]) -> None:
     for name in check_modalities(modalities):
         if name not in SEQUENCES:
             raise ValueError(f"{name!r} in modalities cannot be simulated; choose from {', '.join(SEQUENCES)}.")
-
-
-__all__ = ["SEQUENCES", "SIMULATOR_VERSION", "TISSUES", "SimulatedSubject", "SimulatedVolume", "simulate_subject", "simulate_volume"]

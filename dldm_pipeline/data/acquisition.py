@@ -16,6 +16,8 @@ from dldm_pipeline.data.mr_signal import TISSUE_VALUES, TISSUES, signal
 
 _FIELD_POWER = {"white": 0.39, "grey": 0.38, "csf": 0.0, "vessel": 0.34, "oedema": 0.3, "enhancing": 0.3, "necrosis": 0.15}
 
+_VALUES = TISSUE_VALUES | {"oedema": (1450.0, 148.0, 0.87, 0.02)}
+
 # Lowest and highest of the protocols in use: times in ms, flip angle in degrees. A sequence with two entries is drawn as
 # one of them, a spin echo or a gradient echo (prepared by an inversion for T1). `flow`: see `mr_signal.py`.
 _PROTOCOLS = {
@@ -37,8 +39,8 @@ SEQUENCES = tuple(_PROTOCOLS)
 # fluid; `curve` is the exponent that follows. Mean and standard deviation, of the logarithm for `top` and `curve`.
 _WINDOWS = {
     "T1": dict(bottom=(0.45, 0.2), top=(0.36, 0.11), curve=(-0.2, 0.10)),
-    "T2": dict(bottom=(0.5, 0.2), top=(0.27, 0.13), curve=(-0.12, 0.22)),
-    "FLAIR": dict(bottom=(0.5, 0.2), top=(0.60, 0.14), curve=(-0.1, 0.12)),
+    "T2": dict(bottom=(0.5, 0.2), top=(0.14, 0.09), curve=(0.0, 0.20)),
+    "FLAIR": dict(bottom=(0.5, 0.2), top=(0.60, 0.12), curve=(-0.1, 0.12)),
     "WB": dict(bottom=(0.5, 0.2), top=(0.78, 0.33), curve=(-0.05, 0.15)),
     "BB": dict(bottom=(0.5, 0.2), top=(0.70, 0.25), curve=(-0.05, 0.15)),
 }
@@ -94,8 +96,8 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
     factors["field_T"] = 3.0 if strong else 1.5
     agent = float(np.exp(rng.normal(-0.2, 0.2)))  # dose and delay after injection
     values = {}
-    for tissue, mean in TISSUE_VALUES.items():
-        std = (0.06, 0.08, 0.02, 0.2) if tissue in ("oedema", "enhancing", "necrosis") else (0.04, 0.05, 0.01, 0.05)
+    for tissue, mean in _VALUES.items():
+        std = (0.05, 0.05, 0.02, 0.2) if tissue in ("oedema", "enhancing", "necrosis") else (0.04, 0.05, 0.01, 0.05)
         t1, t2, density, uptake = (
             m * np.clip(rng.normal(1, s), 1 - 2.5 * s, 1 + 2.5 * s) for m, s in zip(mean, std, strict=True)
         )
@@ -104,7 +106,7 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
             factors[f"{tissue}_{key}"] = float(value)
 
     tops, curves = np.clip(_MIXING @ rng.standard_normal((len(SEQUENCES), 2)), -2.2, 2.2).T
-    base_noise, base_spread = np.exp(rng.normal(np.log(0.012), 0.4)), rng.uniform(0.35, 0.8)
+    base_noise, base_spread = np.exp(rng.normal(np.log(0.009), 0.4)), rng.uniform(0.45, 0.95)
     signals, windows, noise, spread = {}, {}, {}, {}
     for (name, protocols), wide, bent in zip(_PROTOCOLS.items(), tops, curves, strict=True):
         protocol = dict(protocols[int(rng.random() * len(protocols))])

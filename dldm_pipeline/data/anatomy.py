@@ -176,7 +176,7 @@ class Anatomy:
         """Either one large infiltrating lesion or one to five small ones."""
         large = rng.random() < 0.5
         count = 1 if large else int(rng.choice([1, 2, 3, 4, 5], p=[0.35, 0.28, 0.18, 0.12, 0.07]))
-        radii = [rng.uniform(11, 24)] if large else np.clip(rng.lognormal(np.log(7), 0.4, count), 4.5, 14.0)
+        radii = [rng.uniform(12, 29)] if large else np.clip(rng.lognormal(np.log(7), 0.4, count), 4.5, 14.0)
         lesions: list[dict] = []
         self.factors["large_lesion"] = float(large)
         for number, radius in enumerate(np.sort(radii)[::-1], start=1):
@@ -187,16 +187,17 @@ class Anatomy:
             if not weight.any():
                 continue
             place = places[rng.choice(len(places), p=weight / weight.sum()), :3]
+            radius = float(radius)
             lesion = {
                 "place": place,
                 "centre": self._from_atlas(place[None])[0],
-                "radius": float(radius),
+                "radius": radius,
                 "stretch": np.exp(rng.normal(0, 0.16 if large else 0.08, 3)),
-                "ragged": rng.uniform(1.2, 3.4) if large else rng.uniform(0.2, 0.8),
+                "ragged": rng.uniform(0.06, 0.16) * radius if large else rng.uniform(0.2, 0.8),
                 "enhances": rng.random() < (0.75 if large else 1.0),
                 "solid": rng.random() < (0.15 if radius > 6 else 0.8),
                 "rim": max(rng.uniform(0.16, 0.4) * radius, 2.2),
-                "reach": rng.uniform(3, 16) if large else radius * rng.uniform(0.2, 1.5) + 2,
+                "reach": rng.uniform(3, 20) if large else radius * rng.uniform(0.2, 1.5) + 2,
                 "wetness": rng.uniform(0.75, 1.0),
                 "push": rng.uniform(0.2, 0.6) if rng.random() < (0.7 if large else 0.3) else 0.0,
                 "necrosis": rng.uniform(0.4, 1.0),
@@ -284,11 +285,11 @@ class Anatomy:
         for name in tissues:
             tissues[name] *= inside
         textures = {
-            "white": _shrink(1 + 0.015 * ripples[2] + 0.015 * patches[2], size),
+            "white": _shrink(1 + 0.02 * ripples[2] + 0.02 * patches[2], size),
             "grey": _shrink(1 + 0.02 * ripples[3], size),
             "enhancing": _shrink(1 + 0.10 * ripples[2] + 0.1 * patches[1], size),
             "oedema": _shrink(1 + 0.05 * ripples[3] + 0.06 * patches[1], size),
-            "necrosis": _shrink(1 + 0.05 * ripples[0] + 0.05 * patches[0], size),
+            "necrosis": _shrink(1 + 0.08 * ripples[0] + 0.08 * patches[0], size),
             "iron": _shrink(_sigmoid((depth - 36) / 4), size),
         }
         labels = np.where(tissues["oedema"] >= 0.4, 2, 0)

@@ -127,9 +127,9 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
         for key, value in (("bottom", bottom), ("top", top), ("exponent", exponent)):
             factors[f"{name}_{key}"] = float(value)
         factors[f"{name}_noise"], factors[f"{name}_point_spread_mm"] = noise[name], spread[name]
-    coil_strength = float(rng.uniform(0.02, 0.09))
+    coil_strength = float(rng.uniform(0.05, 0.18))
     factors["coil_strength"] = coil_strength
-    coil = SmoothField(coil_rng, 1 + len(SEQUENCES), 90.0)
+    coil = SmoothField(coil_rng, 1 + len(SEQUENCES), 70.0)
     return Acquisition(values, signals, windows, spread, noise, coil, coil_strength, factors)
 
 

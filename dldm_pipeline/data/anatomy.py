@@ -145,7 +145,7 @@ class Anatomy:
         turn = turn @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]) @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
         self.matrix = np.diag([flip, 1, 1]) @ turn / stretch  # scanner to atlas
         self.warps = [(SmoothField(rng, 3, 40.0), 3.2), (SmoothField(rng, 3, 18.0), 1.3)]
-        self.fluid_bias, self.white_bias = rng.normal(-0.9, 0.35), rng.normal(-0.5, 0.2)
+        self.fluid_bias, self.white_bias = rng.normal(-1.2, 0.35), rng.normal(-0.5, 0.2)
         self.ventricle_growth = 4.5 * rng.beta(1.2, 2)  # mm
         for name, value in zip(("tilt_x_deg", "tilt_y_deg", "turn_deg"), angles, strict=True):
             self.factors[name] = float(value)
@@ -285,7 +285,7 @@ class Anatomy:
         for name in tissues:
             tissues[name] *= inside
         textures = {
-            "white": _shrink(1 + 0.02 * ripples[2] + 0.02 * patches[2], size),
+            "white": _shrink(1 + 0.015 * ripples[2] + 0.03 * patches[2], size),
             "grey": _shrink(1 + 0.02 * ripples[3], size),
             "enhancing": _shrink(1 + 0.10 * ripples[2] + 0.1 * patches[1], size),
             "oedema": _shrink(1 + 0.05 * ripples[3] + 0.06 * patches[1], size),

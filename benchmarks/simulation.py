@@ -31,7 +31,7 @@ NAMES = ("T1", "T1CE", "T2", "FLAIR")
 SIMULATED_NAMES = ("T1", "WB", "T2", "FLAIR")  # what stands for each in the simulator
 TISSUES = ("white matter", "grey matter", "CSF", "oedema", "enhancing", "brain, median")
 SLICES_PER_SUBJECT, SIZE = 12, 128
-NUM_SIMULATED, NUM_VOLUMES, SEED = 300, 30, 977_003
+NUM_SIMULATED, NUM_VOLUMES, SEED = 300, 40, 977_003
 STEPS = (1, 3, 5)  # mm between neighbouring slices
 BOOTSTRAPS = 2000
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from dldm_pipeline.data.anatomy import Anatomy, SmoothField
+from dldm_pipeline.data.anatomy import EXTENT, Anatomy, SmoothField
 from dldm_pipeline.data.mr_signal import TISSUE_VALUES, TISSUES, signal
 
 _FIELD_POWER = {"white": 0.39, "grey": 0.38, "csf": 0.0, "vessel": 0.34, "oedema": 0.3, "enhancing": 0.3, "necrosis": 0.15}
 
-_VALUES = TISSUE_VALUES | {"oedema": (1450.0, 148.0, 0.87, 0.02)}
+_VALUES = TISSUE_VALUES | {"oedema": (1450.0, 148.0, 0.87, 0.02), "enhancing": (1600.0, 138.0, 0.85, 0.38)}
 
 # Lowest and highest of the protocols in use: times in ms, flip angle in degrees. A sequence with two entries is drawn as
 # one of them, a spin echo or a gradient echo (prepared by an inversion for T1). `flow`: see `mr_signal.py`.
@@ -39,8 +39,8 @@ SEQUENCES = tuple(_PROTOCOLS)
 # fluid; `curve` is the exponent that follows. Mean and standard deviation, of the logarithm for `top` and `curve`.
 _WINDOWS = {
     "T1": dict(bottom=(0.45, 0.2), top=(0.36, 0.11), curve=(-0.2, 0.10)),
-    "T2": dict(bottom=(0.5, 0.2), top=(0.14, 0.09), curve=(0.0, 0.20)),
-    "FLAIR": dict(bottom=(0.5, 0.2), top=(0.60, 0.12), curve=(-0.1, 0.12)),
+    "T2": dict(bottom=(0.5, 0.2), top=(0.16, 0.08), curve=(-0.09, 0.16)),
+    "FLAIR": dict(bottom=(0.5, 0.2), top=(0.60, 0.11), curve=(-0.1, 0.10)),
     "WB": dict(bottom=(0.5, 0.2), top=(0.78, 0.33), curve=(-0.05, 0.15)),
     "BB": dict(bottom=(0.5, 0.2), top=(0.70, 0.25), curve=(-0.05, 0.15)),
 }
@@ -54,6 +54,8 @@ _CORRELATION = np.array(
         [0.30, 0.60, 0.55, 0.90, 1.00],
     ]
 )
+# Shading of its own that each sequence has, relative to what all share.
+_OWN_SHADING = {"T1": 1.0, "T2": 0.3, "FLAIR": 0.8, "WB": 0.3, "BB": 0.3}
 _MIXING = np.linalg.cholesky(_CORRELATION)
 
 
@@ -127,9 +129,12 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
         for key, value in (("bottom", bottom), ("top", top), ("exponent", exponent)):
             factors[f"{name}_{key}"] = float(value)
         factors[f"{name}_noise"], factors[f"{name}_point_spread_mm"] = noise[name], spread[name]
-    coil_strength = float(rng.uniform(0.05, 0.18))
+    coil_strength = float(rng.uniform(0.06, 0.18))
     factors["coil_strength"] = coil_strength
     coil = SmoothField(coil_rng, 1 + len(SEQUENCES), 70.0)
+    # About 1 on average over a head, so that shading does not move all tissues together; the splines sum to 1.
+    head = coil.grid(*(np.linspace(-0.6, 0.6, 7) * extent for extent in EXTENT))
+    coil.coefficients -= head.mean((1, 2, 3), keepdims=True)
     return Acquisition(values, signals, windows, spread, noise, coil, coil_strength, factors)
 
 
@@ -162,7 +167,7 @@ def image_slice(
         image = sum(np.float32(signals[t]) * modulated[t] for t in TISSUES)
         if name in ("T2", "FLAIR"):  # iron in the deep grey nuclei shortens T2
             image -= np.float32(0.16 * signals["grey"]) * nuclei
-        image *= np.exp(np.float32(acquisition.coil_strength) * (coil[0] + np.float32(0.3) * coil[number]))
+        image *= np.exp(np.float32(acquisition.coil_strength) * (coil[0] + np.float32(_OWN_SHADING[name]) * coil[number]))
         noise *= np.float32(acquisition.noise[name] * (high - low))
         noise[0] += image
         # What k-space has left of a point, for signal and noise.

@@ -14,7 +14,7 @@ from dldm_pipeline.data.mr_signal import TISSUES
 
 # Anatomy is computed on about this many pixels across, then averaged down: anti-aliased, and alike at every size.
 _SUPERSAMPLED = 256
-_EXTENT = np.array([96.0, 114.0, 98.0])  # mm: half of the box that holds every subject, around `_CENTRE`
+EXTENT = np.array([96.0, 114.0, 98.0])  # mm: half of the box that holds every subject, around `_CENTRE`
 _CENTRE = np.array([0.0, -17.0, 5.0])  # MNI coordinates of the scanner's middle
 _BOX_MARGIN = 1.04  # field of view over the brain's longest side, as real scans are cut (`volumes.py`)
 _PATH_STEP = 0.8  # mm between the points of a vessel
@@ -32,8 +32,8 @@ class SmoothField:
 
     def __init__(self, rng: np.random.Generator, number: int, distance: float) -> None:
         self.distance = distance
-        self.first = -_EXTENT - distance
-        shape = np.ceil(2 * _EXTENT / distance).astype(int) + 4
+        self.first = -EXTENT - distance
+        shape = np.ceil(2 * EXTENT / distance).astype(int) + 4
         # 0.332: standard deviation of a cubic B-spline surface in three dimensions with unit coefficients.
         self.coefficients = rng.standard_normal((number, *shape[::-1]), dtype=np.float32) / np.float32(0.332)
 
@@ -145,8 +145,8 @@ class Anatomy:
         turn = turn @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]) @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
         self.matrix = np.diag([flip, 1, 1]) @ turn / stretch  # scanner to atlas
         self.warps = [(SmoothField(rng, 3, 40.0), 3.2), (SmoothField(rng, 3, 18.0), 1.3)]
-        self.fluid_bias, self.white_bias = rng.normal(-1.2, 0.35), rng.normal(-0.5, 0.2)
-        self.ventricle_growth = 4.5 * rng.beta(1.2, 2)  # mm
+        self.fluid_bias, self.white_bias = rng.normal(-1.2, 0.35), rng.normal(-0.15, 0.2)
+        self.ventricle_growth = 3.5 * rng.beta(1.2, 2)  # mm
         for name, value in zip(("tilt_x_deg", "tilt_y_deg", "turn_deg"), angles, strict=True):
             self.factors[name] = float(value)
         for name, value in zip(("width", "length", "height"), stretch, strict=True):
@@ -156,7 +156,7 @@ class Anatomy:
             ventricle_growth_mm=self.ventricle_growth,
         )  # fmt: skip
         # The warp on a coarse grid: to keep it from folding, and to invert it.
-        self.axes = [np.arange(-extent, extent + 1, 9.0) for extent in _EXTENT]
+        self.axes = [np.arange(-extent, extent + 1, 9.0) for extent in EXTENT]
         self.shift = sum(std * field.grid(*self.axes) for field, std in self.warps)
         slopes = [np.gradient(s, 9.0) for s in self.shift]
         self.strength = 1.0
@@ -174,7 +174,7 @@ class Anatomy:
 
     def _place_lesions(self, rng: np.random.Generator, places: np.ndarray) -> list[dict]:
         """Either one large infiltrating lesion or one to five small ones."""
-        large = rng.random() < 0.5
+        large = rng.random() < 0.6
         count = 1 if large else int(rng.choice([1, 2, 3, 4, 5], p=[0.35, 0.28, 0.18, 0.12, 0.07]))
         radii = [rng.uniform(12, 29)] if large else np.clip(rng.lognormal(np.log(7), 0.4, count), 4.5, 14.0)
         lesions: list[dict] = []
@@ -198,7 +198,7 @@ class Anatomy:
                 "solid": rng.random() < (0.15 if radius > 6 else 0.8),
                 "rim": max(rng.uniform(0.16, 0.4) * radius, 2.2),
                 "reach": rng.uniform(3, 20) if large else radius * rng.uniform(0.2, 1.5) + 2,
-                "wetness": rng.uniform(0.75, 1.0),
+                "wetness": rng.uniform(0.85, 1.0),
                 "push": rng.uniform(0.2, 0.6) if rng.random() < (0.7 if large else 0.3) else 0.0,
                 "necrosis": rng.uniform(0.4, 1.0),
             }
@@ -288,7 +288,7 @@ class Anatomy:
             "white": _shrink(1 + 0.015 * ripples[2] + 0.03 * patches[2], size),
             "grey": _shrink(1 + 0.02 * ripples[3], size),
             "enhancing": _shrink(1 + 0.10 * ripples[2] + 0.1 * patches[1], size),
-            "oedema": _shrink(1 + 0.05 * ripples[3] + 0.06 * patches[1], size),
+            "oedema": _shrink(1 + 0.05 * ripples[3] + 0.04 * patches[1], size),
             "necrosis": _shrink(1 + 0.08 * ripples[0] + 0.08 * patches[0], size),
             "iron": _shrink(_sigmoid((depth - 36) / 4), size),
         }

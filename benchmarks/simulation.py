@@ -57,7 +57,9 @@ class Subject:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scans", metavar="SCANS", help="folder with one folder per subject")
-    parser.add_argument("--phantom", action="store_true", help="measure phantom.py, the bundled model's simulator, instead")
+    parser.add_argument(
+        "--phantom", action="store_true", help="measure phantom.py, the bundled model's simulator, instead"
+    )
     parser.add_argument("--cache", metavar="FOLDER", help="keep the features of images there")
     args = parser.parse_args(argv)
 
@@ -201,7 +203,9 @@ def print_tissues(real: list[Subject], simulated: list[Subject]) -> None:
 
     print("| tissue | images | real mean | simulated | real deviation | simulated | |\n|---|---|---|---|---|---|---|")
     held = total = 0
-    table = {t: tuple(np.array([v[t] for v in values if t in v]) for values in (of_real, of_simulated)) for t in TISSUES}
+    table = {
+        t: tuple(np.array([v[t] for v in values if t in v]) for values in (of_real, of_simulated)) for t in TISSUES
+    }
     for tissue, (there, ours) in table.items():
         for column, name in enumerate(NAMES):
             cells, good = [], True

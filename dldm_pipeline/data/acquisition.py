@@ -14,7 +14,15 @@ from scipy import ndimage
 from dldm_pipeline.data.anatomy import EXTENT, Anatomy, SmoothField
 from dldm_pipeline.data.mr_signal import TISSUE_VALUES, TISSUES, signal
 
-_FIELD_POWER = {"white": 0.39, "grey": 0.38, "csf": 0.0, "vessel": 0.34, "oedema": 0.3, "enhancing": 0.3, "necrosis": 0.15}
+_FIELD_POWER = {
+    "white": 0.39,
+    "grey": 0.38,
+    "csf": 0.0,
+    "vessel": 0.34,
+    "oedema": 0.3,
+    "enhancing": 0.3,
+    "necrosis": 0.15,
+}
 
 _VALUES = TISSUE_VALUES | {"oedema": (1450.0, 148.0, 0.87, 0.02), "enhancing": (1600.0, 138.0, 0.85, 0.38)}
 
@@ -116,7 +124,9 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
             if key in protocol:
                 protocol[key] = rng.uniform(*protocol[key])
                 factors[f"{name}_{key}"] = float(protocol[key])
-        factors[f"{name}_gradient_echo"] = float(protocol["kind"] == "gradient echo" or name == "T1" and "TI" in protocol)
+        factors[f"{name}_gradient_echo"] = float(
+            protocol["kind"] == "gradient echo" or name == "T1" and "TI" in protocol
+        )
         signals[name] = {tissue: signal(protocol, tissue, *values[tissue]) for tissue in TISSUES}
         window = _WINDOWS[name]
         bottom = np.clip(rng.normal(*window["bottom"]), 0.0, 0.95)
@@ -167,7 +177,9 @@ def image_slice(
         image = sum(np.float32(signals[t]) * modulated[t] for t in TISSUES)
         if name in ("T2", "FLAIR"):  # iron in the deep grey nuclei shortens T2
             image -= np.float32(0.16 * signals["grey"]) * nuclei
-        image *= np.exp(np.float32(acquisition.coil_strength) * (coil[0] + np.float32(_OWN_SHADING[name]) * coil[number]))
+        image *= np.exp(
+            np.float32(acquisition.coil_strength) * (coil[0] + np.float32(_OWN_SHADING[name]) * coil[number])
+        )
         noise *= np.float32(acquisition.noise[name] * (high - low))
         noise[0] += image
         # What k-space has left of a point, for signal and noise.

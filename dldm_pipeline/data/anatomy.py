@@ -117,9 +117,7 @@ class Anatomy:
     """
 
     def __init__(self, seed: int | tuple[int, ...], tumour: bool = True) -> None:
-        frame, details, lesions, vessels = (
-            np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4)
-        )
+        frame, details, lesions, vessels = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
         self.factors: dict[str, float] = {}
         self.maps, self.origin = load_atlas(WHOLE_BRAIN)
         self._place_frame(frame)
@@ -142,7 +140,9 @@ class Anatomy:
         stretch = rng.normal(1, [0.035, 0.035, 0.04])
         (cx, cy, cz), (sx, sy, sz) = np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))
         turn = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-        turn = turn @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]) @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+        turn = (
+            turn @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]) @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+        )
         self.matrix = np.diag([flip, 1, 1]) @ turn / stretch  # scanner to atlas
         self.warps = [(SmoothField(rng, 3, 40.0), 3.2), (SmoothField(rng, 3, 18.0), 1.3)]
         self.fluid_bias, self.white_bias = rng.normal(-1.2, 0.35), rng.normal(-0.15, 0.2)
@@ -304,7 +304,9 @@ class Anatomy:
         depth = self.maps[(*np.clip(corner, 0, last), 2)] - np.abs(corner - np.clip(corner, 0, last)).max(0)
         near = np.repeat(np.repeat(depth > -6, 4, 0), 4, 1)
         height, width = voxels.shape[1:]
-        return np.pad(near, ((0, max(0, height - len(near))), (0, max(0, width - near.shape[1]))), "edge")[:height, :width]
+        return np.pad(near, ((0, max(0, height - len(near))), (0, max(0, width - near.shape[1]))), "edge")[
+            :height, :width
+        ]
 
     def _lesion_fractions(
         self, x: np.ndarray, y: np.ndarray, z: float, depth: np.ndarray, away: np.ndarray, ripples: np.ndarray,
@@ -360,7 +362,12 @@ class Anatomy:
         rows, columns = np.rint(row).astype(int)[:, None] + steps, np.rint(column).astype(int)[:, None] + steps
         distance = np.hypot((rows - row[:, None])[:, :, None], (columns - column[:, None])[:, None, :])
         cover = np.clip(radius[:, None, None] + 0.5 - distance, 0, 1).astype(np.float32)
-        valid = (rows >= 0)[:, :, None] & (rows < len(y))[:, :, None] & (columns >= 0)[:, None] & (columns < len(x))[:, None]
+        valid = (
+            (rows >= 0)[:, :, None]
+            & (rows < len(y))[:, :, None]
+            & (columns >= 0)[:, None]
+            & (columns < len(x))[:, None]
+        )
         flat = rows[:, :, None] * len(x) + columns[:, None]
         np.maximum.at(canvas.reshape(-1), flat[valid], cover[valid])
         return canvas
@@ -369,9 +376,7 @@ class Anatomy:
 def _determinant(slopes: list[list[np.ndarray]], strength: float) -> np.ndarray:
     """Determinant of the Jacobian of x + strength * shift(x), from the gradients of the shift's components."""
     a, b, c = ([strength * slope + (i == j) for j, slope in enumerate(row)] for i, row in enumerate(slopes))
-    return (
-        a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
-    )
+    return a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
 
 
 def _shrink(image: np.ndarray, size: int) -> np.ndarray:

@@ -26,7 +26,7 @@ RELAXIVITY_R1, RELAXIVITY_R2 = 4.5, 5.5  # per second and mmol/l, gadolinium che
 # Times in ms, flip angle in degrees. `flow` is the part of the blood signal that survives (spin echo: outflow; black
 # blood: flow-sensitive dephasing). `headroom`: top of the window over the brightest healthy tissue. It puts healthy tissue
 # where `volumes.py` puts that of real scans: the 95th percentile of the brain (T2: the 98th) of ten BraTS 2021 scans has the
-# median 0.77 in T1, 0.76 in T2, 0.70 in FLAIR and 0.63 with contrast agent (`benchmarks/windows.py`).
+# median 0.77 in T1, 0.76 in T2, 0.70 in FLAIR and 0.63 with contrast agent (`benchmarks/simulation.py --phantom`).
 SEQUENCES = {
     "T1": dict(kind="spin echo", TR=520.0, TE=10.0, contrast=False, flow=0.45, headroom=1.27),
     "T2": dict(kind="spin echo", TR=4800.0, TE=100.0, contrast=False, flow=0.15, headroom=1.22),

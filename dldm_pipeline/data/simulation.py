@@ -205,9 +205,7 @@ def _render(
     """Images, labels and tissues of one slice. The noise depends on the seeds and the height only."""
     tissues, textures, labels = anatomy.cut(height, size)
     entropy = [*_entropy(seeds[0]), *_entropy(seeds[1]), round(height / _HEIGHT_STEP)]
-    images = image_slice(
-        anatomy, acquisition, tissues, textures, height, modalities, np.random.default_rng(entropy)
-    )
+    images = image_slice(anatomy, acquisition, tissues, textures, height, modalities, np.random.default_rng(entropy))
     return images, labels, tissues
 
 

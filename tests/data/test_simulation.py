@@ -26,9 +26,7 @@ def test_an_anatomy_leaves_the_acquisition_alone():
     for key in sample_acquisition(5).factors:
         assert len({subject.factors[key] for subject in subjects}) == 1
     for tissue in ("white", "grey"):
-        means = np.array(
-            [[image[s.tissues[tissue] > 0.95].mean() for image in s.images] for s in subjects]
-        )
+        means = np.array([[image[s.tissues[tissue] > 0.95].mean() for image in s.images] for s in subjects])
         assert np.ptp(means, axis=0).max() < 0.06
 
 

@@ -99,7 +99,8 @@ class Acquisition:
 
 def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
     """Draws a scanner. The same seed gives the same one, whatever the anatomy."""
-    rng, coil_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
+    # Other streams than an anatomy of the same seed has.
+    rng, coil_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed, spawn_key=(1,)).spawn(2))
     factors: dict[str, float] = {}
 
     strong = rng.random() < 0.6

@@ -117,7 +117,9 @@ class Anatomy:
     """
 
     def __init__(self, seed: int | tuple[int, ...], tumour: bool = True) -> None:
-        frame, details, lesions, vessels = (np.random.default_rng(s) for s in np.random.SeedSequence(seed, spawn_key=(0,)).spawn(4))
+        frame, details, lesions, vessels = (
+            np.random.default_rng(s) for s in np.random.SeedSequence(seed, spawn_key=(0,)).spawn(4)
+        )
         self.factors: dict[str, float] = {}
         self.maps, self.origin = load_atlas(WHOLE_BRAIN)
         self._place_frame(frame)

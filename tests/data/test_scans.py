@@ -45,11 +45,11 @@ def test_bids_sessions_are_one_subject(tmp_path: Path) -> None:
     for session in ("ses-01", "ses-02"):
         name = f"sub-01/{session}/anat/sub-01_{session}"
         touch(tmp_path, f"{name}_T1w.nii.gz", f"{name}_ce-gadolinium_T1w.nii.gz")
-    touch(tmp_path, "sub-02/anat/sub-02_FLAIR.nii")
+    touch(tmp_path, "sub-02/anat/sub-02_FLAIR.nii", "a_person/ses-1/t1.nii.gz")
     lesion = "manual/sub-01/ses-02/anat/sub-01_ses-02_label-lesion_mask.nii.gz"
     lesion = touch(tmp_path / "derivatives", lesion)
-    one, two, three = find_scans(tmp_path)
-    assert [scan.subject for scan in (one, two, three)] == ["sub-01", "sub-01", "sub-02"]
+    person, one, two, three = find_scans(tmp_path)
+    assert [scan.subject for scan in (person, one, two, three)] == ["a_person", "sub-01", "sub-01", "sub-02"]
     assert one.source == "sub-01/ses-01/anat" and list(one.files) == ["T1", "T1CE"]
     assert list(two.files) == ["T1", "T1CE", "mask"] and two.files["mask"] == lesion
     assert list(three.files) == ["FLAIR"]

@@ -128,7 +128,7 @@ def test_negative_values_and_noise_in_air(tmp_path: Path) -> None:
     save(tmp_path / "noisy" / "t1.nii.gz", (brain + noise).astype(np.float32))
     for folder in ("scored", "noisy"):
         rows, _ = read(tmp_path / folder, ("T1",))
-        assert rows[0]["T1"][0, 0] < 0.05 and rows[len(rows) // 2]["T1"][16, 16] > 0.2
+        assert rows[0]["T1"][1:3, 6:10].max() < 0.05 and rows[len(rows) // 2]["T1"][16, 16] > 0.2
         assert rows[0]["pixel_spacing"][0] == pytest.approx(44 / 32, rel=0.1)
 
 

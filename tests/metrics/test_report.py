@@ -86,6 +86,9 @@ def test_both_forms_say_the_same(results, pictures, tmp_path):
     rows = [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert rows == page.rows and len({len(row) for row in rows}) > 5
     assert ["DLDM", "<a>|b"] == rows[1][:2]
+    tables = build_tables(results)
+    tables |= tables.pop("alignment")
+    assert sorted(rows) == sorted([show(cell) for cell in row] for table in tables.values() for row in table)
     words = re.sub(r"^#+ |`|^!.*|^\|.*", "", text.partition("## ")[2], flags=re.M).split()
     assert words == page.text.split()
 

@@ -243,7 +243,9 @@ def print_frechet(real: list[Subject], simulated: list[Subject], cache: str | No
     extractor = load_extractor()
     halves = np.arange(len(real)) % 2
     rows = np.concatenate([np.full(len(s.brain), half) for s, half in zip(real, halves, strict=True)])
-    print(f"| {extractor.frechet_title} | simulated to real | half of the real to the other |\n|---|---|---|")
+    print(
+        f"| {extractor.titles['frechet_distance']} | simulated to real | half of the real to the other |\n|---|---|---|"
+    )
     distances = []
     for column, name in enumerate(NAMES):
         there, ours = (

@@ -48,22 +48,22 @@ SEQUENCES = tuple(_PROTOCOLS)
 _WINDOWS = {
     "T1": dict(bottom=(0.45, 0.2), top=(0.36, 0.11), curve=(-0.2, 0.10)),
     "T2": dict(bottom=(0.5, 0.2), top=(0.16, 0.08), curve=(-0.09, 0.16)),
-    "FLAIR": dict(bottom=(0.5, 0.2), top=(0.60, 0.11), curve=(-0.1, 0.10)),
+    "FLAIR": dict(bottom=(0.5, 0.2), top=(0.60, 0.10), curve=(-0.1, 0.10)),
     "WB": dict(bottom=(0.5, 0.2), top=(0.78, 0.33), curve=(-0.05, 0.15)),
     "BB": dict(bottom=(0.5, 0.2), top=(0.70, 0.25), curve=(-0.05, 0.15)),
 }
 # Correlation of the tops of two sequences' windows, and of their curves: T1, T2, FLAIR, WB, BB.
 _CORRELATION = np.array(
     [
-        [1.00, 0.00, 0.65, 0.30, 0.30],
-        [0.00, 1.00, 0.10, 0.65, 0.60],
-        [0.65, 0.10, 1.00, 0.55, 0.55],
-        [0.30, 0.65, 0.55, 1.00, 0.90],
-        [0.30, 0.60, 0.55, 0.90, 1.00],
+        [1.00, 0.20, 0.88, 0.40, 0.40],
+        [0.20, 1.00, 0.30, 0.90, 0.80],
+        [0.88, 0.30, 1.00, 0.60, 0.60],
+        [0.40, 0.90, 0.60, 1.00, 0.90],
+        [0.40, 0.80, 0.60, 0.90, 1.00],
     ]
 )
 # Shading of its own that each sequence has, relative to what all share.
-_OWN_SHADING = {"T1": 1.0, "T2": 0.3, "FLAIR": 0.8, "WB": 0.3, "BB": 0.3}
+_OWN_SHADING = {"T1": 1.6, "T2": 0.3, "FLAIR": 0.8, "WB": 0.3, "BB": 0.3}
 _MIXING = np.linalg.cholesky(_CORRELATION)
 
 
@@ -105,7 +105,7 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
 
     strong = rng.random() < 0.6
     factors["field_T"] = 3.0 if strong else 1.5
-    agent = float(np.exp(rng.normal(-0.2, 0.2)))  # dose and delay after injection
+    agent = float(np.exp(rng.normal(-0.3, 0.2)))  # dose and delay after injection
     values = {}
     for tissue, mean in _VALUES.items():
         std = (0.05, 0.05, 0.02, 0.2) if tissue in ("oedema", "enhancing", "necrosis") else (0.04, 0.05, 0.01, 0.05)

@@ -58,12 +58,6 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
         self._guidance_scale = 1.0
         self._num_timesteps = 0
 
-        # Weights mapped from a file start at any byte, where the CPU's kernels round in another way. A copy is aligned.
-        for module in (autoencoder, unet):
-            for tensor in (*module.parameters(), *module.buffers()):
-                if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                    tensor.data = tensor.data.clone()
-
     @property
     def guidance_scale(self) -> float:
         """The guidance of the call that runs; a callback changes it for the steps to come by setting `_guidance_scale`."""

@@ -77,12 +77,32 @@ def test_an_image_depends_on_its_own_pair_only():
     posterior = model.encode(torch.rand(2, 3, 32, 32))
     structure, styles = posterior.structure_dist.mode(), posterior.style_dist.mode()
     together = model.decode(structure, styles)
-    alone = model.decode(structure[1:], styles[1:, 2:])
-    torch.testing.assert_close(together.sample[1:, 2:], alone.sample, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(together.mask[1:], alone.mask, rtol=1e-4, atol=1e-5)
+    for b, m in ((0, 1), (1, 0), (1, 2)):
+        alone = model.decode(structure[b : b + 1], styles[b : b + 1, m : m + 1])
+        torch.testing.assert_close(together.sample[b, m], alone.sample[0, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.mask[b], alone.mask[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together.sample[:, 0], model.decode(structure, styles + 1).sample[:, 0])
     assert not torch.allclose(together.sample, model.decode(structure + 1, styles).sample)
     assert torch.equal(together.mask, model.decode(structure, styles + 1).mask)
+
+
+@torch.no_grad()
+def test_linear_maps_run_beside_the_network():
+    """Without what the network adds, structures are affine in the images, and images in the structure."""
+    model = build()
+    for layer in (model.structure_out[-1], model.head_out[-1]):
+        torch.nn.init.zeros_(layer.weight)
+
+    def is_affine(function, a, b):
+        x, y, middle = function(a), function(b), function((a + b) / 2)
+        return (x - y).abs().max() > 0.1 and torch.allclose((x + y) / 2, middle, rtol=0, atol=1e-4)
+
+    def decode(z_struct):
+        output = model.decode(z_struct, torch.ones(1, 1, 3))
+        return output.sample[:, 0] / output.foreground.sigmoid()
+
+    assert is_affine(lambda images: model.encode(images).structure_dist.mode(), *torch.rand(2, 1, 3, 32, 32))
+    assert is_affine(decode, *torch.randn(2, 1, 4, 4, 4))
 
 
 @torch.no_grad()

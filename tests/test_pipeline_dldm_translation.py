@@ -193,23 +193,27 @@ def test_loads_what_the_generating_pipeline_saved_and_back(tiny_pipeline, pipe, 
         logging.getLogger("diffusers").removeHandler(caplog.handler)
     assert not caplog.records and type(loaded) is DLDMTranslationPipeline
     expected = call(pipe).images
-    assert np.array_equal(call(loaded).images, expected)
+    close(call(loaded).images, expected)
 
     loaded.save_pretrained(tmp_path / "translating")
     back = silent(DLDMPipeline.from_pretrained(tmp_path / "translating"))
     options = {"num_inference_steps": 2, "num_style_inference_steps": 2, "output_type": "np"}
-    assert np.array_equal(*(p(1, generator=seeded(), **options).images for p in (back, tiny_pipeline)))
+    close(*(p(1, generator=seeded(), **options).images for p in (back, tiny_pipeline)))
 
 
 def test_loads_as_remote_code(tiny_pipeline, pipe, tmp_path, monkeypatch):
     tiny_pipeline.save_pretrained(tmp_path / "pipeline")
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    loaded = DiffusionPipeline.from_pretrained(
-        tmp_path / "pipeline", custom_pipeline="pipeline_dldm_translation", trust_remote_code=True
-    )
+    options = {"num_inference_steps": 2, "num_style_inference_steps": 2, "generator": seeded(), "output_type": "np"}
+    expected = tiny_pipeline(1, **options).images
+    folder, trust = tmp_path / "pipeline", {"trust_remote_code": True}
+    loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), **trust)
+    assert type(loaded).__name__ == "DLDMPipeline" and type(loaded) is not DLDMPipeline
+    close(silent(loaded)(1, **{**options, "generator": seeded()}).images, expected)
+    loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_dldm_translation", **trust)
     assert type(loaded).__name__ == "DLDMTranslationPipeline" and type(loaded) is not DLDMTranslationPipeline
-    assert np.array_equal(call(silent(loaded)).images, call(pipe).images)
+    close(call(silent(loaded)).images, call(pipe).images)
 
 
 # -- what is refused

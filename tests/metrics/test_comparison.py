@@ -115,7 +115,7 @@ def test_measures_separate_real_subjects_from_noise(cache, tiny_autoencoder, ite
     """Further real subjects as a system must beat noise in fidelity and alignment; copies must be refused."""
     real, train, further = (read_slices(items[i : i + 10], progress=False) for i in (0, 10, 20))
     samples = {
-        "further": {"images": further.images[:6], "masks": np.ones((6, 32, 32), dtype=bool)},
+        "further": {"images": further.images[:6], "masks": np.stack([i["mask"] for i in items[20:26]]) > 0},
         "noise": sample(noise_system([]), 6, 0, cache),
         "copies": {"images": np.flip(train.images[:6], -1).copy()},
     }
@@ -136,7 +136,7 @@ def test_measures_separate_real_subjects_from_noise(cache, tiny_autoencoder, ite
     for pair in reference["edge_correlation"]:
         own, chance = (alignment[name]["edge_correlation"][pair] for name in ("further", "noise"))
         assert own > 0.4 > 0.1 > chance
-    assert alignment["further"]["num_empty_masks"] == 0 and np.isnan(reference["enhancement"]["WB"])
+    assert alignment["further"]["enhancement"]["WB"] > 1.3 and np.isnan(reference["enhancement"]["WB"])
 
     spectrum = {name: compared.spectra(subjects["images"]) for name, subjects in two.items()}
     assert spectrum["noise"]["spectrum"]["ratio_mean"][-1] > 2 * spectrum["further"]["spectrum"]["ratio_mean"][-1]
@@ -158,6 +158,6 @@ def test_steps_are_compared_on_the_same_subjects(cache, items):
     steps = Comparison(NAMES, real, second, extractor, None, 3, cache).steps(systems, 5)
     assert [entry["num_inference_steps"] for entry in steps["entries"]] == [1, 2] and steps["num_subjects"] == 5
     dark, bright = (entry["frechet_distance"] for entry in steps["entries"])
-    assert steps["floor"]["frechet_distance"] < dark < bright  # real images are dark
+    assert 1e-6 < steps["floor"]["frechet_distance"] < dark < bright  # real images are dark
     alone = Comparison(NAMES, real, None, extractor, None, 3, cache).steps(systems, 5)
     assert alone == steps | {"floor": None}

@@ -22,10 +22,6 @@ from huggingface_hub import snapshot_download
 # The modules that a saved pipeline carries with it.
 PIPELINE_MODULES = {"DLDMPipeline": "pipeline_dldm", "DLDMTranslationPipeline": "pipeline_dldm_translation"}
 AUTOENCODER_MODULE = "autoencoder_disentangled"
-# The module that `custom_pipeline=repo` looks for. diffusers copies what it imports itself, not what those import in turn.
-ENTRY_MODULE = (
-    "from .pipeline_dldm import DLDMPipeline  # noqa: F401\nfrom .pipeline_utils import check_scheduler  # noqa: F401\n"
-)
 
 
 @dataclass
@@ -231,7 +227,7 @@ def add_modules(folder: str | os.PathLike) -> None:
     for module in (*PIPELINE_MODULES.values(), Path(__file__).stem):
         if (modules / f"{module}.py").is_file():
             shutil.copyfile(modules / f"{module}.py", folder / f"{module}.py")
-    (folder / "pipeline.py").write_text(ENTRY_MODULE, encoding="utf-8")
+    (folder / "pipeline.py").write_text("from .pipeline_dldm import DLDMPipeline  # noqa: F401\n", encoding="utf-8")
     index["_class_name"] = [PIPELINE_MODULES[name], name]
     index["autoencoder"][0] = AUTOENCODER_MODULE
     index.pop("_name_or_path", None)  # the folder it was loaded from, which others should not see

@@ -103,6 +103,12 @@ def test_linear_maps_run_beside_the_network():
 
     assert is_affine(lambda images: model.encode(images).structure_dist.mode(), *torch.rand(2, 1, 3, 32, 32))
     assert is_affine(decode, *torch.randn(2, 1, 4, 4, 4))
+    # A subset's share of the sum stands for the whole: it makes no difference where all images and weights are the same.
+    weight = model.encoder_linear.weight.unflatten(1, (3, -1))
+    weight.copy_(weight[:, :1].clone())
+    images, present = torch.rand(1, 1, 32, 32).expand(-1, 3, -1, -1), torch.tensor([[True, False, True]])
+    whole, part = (output.structure_dist.mode() for output in model.encode_subsets(images, [None, present]))
+    torch.testing.assert_close(part, whole)
 
 
 @torch.no_grad()

@@ -145,6 +145,11 @@ def test_another_grid_is_resampled_or_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"flair.nii.gz has shape \(20, 48, 24\), t1.nii.gz has \(40, 48, 24\)"):
         read(tmp_path, names, strict=True)
 
+    save(tmp_path / "seg.nii.gz", make_mask()[:, :, ::2], np.diag([1.0, 1, 2, 1]))
+    rows, notes = read(tmp_path, names)
+    assert "seg.nii.gz has shape (40, 48, 12)" in notes[1]
+    assert len(rows) == 6, "the mask is not widened by interpolation"
+
     moved = RAS.copy()
     moved[0, 3] = 1.5
     save(path, make_brain(), moved)
@@ -256,8 +261,8 @@ def write_series(folder: Path, volume: np.ndarray, description: str) -> None:
         item.StudyID = item.StudyDate = item.StudyTime = item.ReferringPhysicianName = ""
         # Columns go to the patient's left and rows to the posterior, as scanners write axial slices.
         item.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        item.ImagePositionPatient = [-(width - 1), -(height - 1), index * 2.0]
-        item.PixelSpacing, item.SliceThickness, item.InstanceNumber = [1.0, 1.0], 2, 1
+        item.ImagePositionPatient = [-(width - 1) * 0.8, -(height - 1) * 1.25, index * 2.0]
+        item.PixelSpacing, item.SliceThickness, item.InstanceNumber = [1.25, 0.8], 2, 1
         item.RescaleSlope, item.RescaleIntercept = 2, 0
         item.set_pixel_data(np.round(volume[::-1, ::-1, index].T / 2).astype(np.uint16), "MONOCHROME2", 16)
         item.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -268,7 +273,7 @@ def test_dicom_and_its_segmentation_read_like_nifti(tmp_path: Path) -> None:
     highdicom, pydicom = pytest.importorskip("highdicom"), pytest.importorskip("pydicom")
     from pydicom.sr.codedict import codes
 
-    brain, mask, affine = np.round(make_brain(200)), make_mask(), np.diag([1.0, 1, 2, 1])
+    brain, mask, affine = np.round(make_brain(200)), make_mask(), np.diag([0.8, 1.25, 2, 1])
     write_series(tmp_path / "dicom" / "a", brain, "T1")
     write_series(tmp_path / "dicom" / "a", make_brain(300), "T2 FLAIR")  # two series in one folder
     for name, volume in (("t1", brain), ("flair", make_brain(300)), ("seg", mask)):
@@ -290,7 +295,7 @@ def test_dicom_and_its_segmentation_read_like_nifti(tmp_path: Path) -> None:
     rows, expected = (read_scan(scan, ["T1", "FLAIR"], 32)[0] for scan in (dicom, nifti))
     assert [row["slice_index"] for row in rows] == [row["slice_index"] for row in expected] == list(range(8, 14))
     for one, other in zip(rows, expected, strict=True):
-        assert one["pixel_spacing"] == other["pixel_spacing"]
+        assert one["pixel_spacing"] == pytest.approx(other["pixel_spacing"])
         np.testing.assert_array_equal(one["mask"], other["mask"])
         np.testing.assert_allclose(one["T1"], other["T1"], atol=0.01)
         np.testing.assert_allclose(one["FLAIR"], other["FLAIR"], atol=0.01)

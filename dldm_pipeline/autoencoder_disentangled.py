@@ -40,13 +40,30 @@ class DisentangledDecoderOutput(BaseOutput):
 
     Args:
         sample: (B, k, H, W), one image for each of the k styles given, about [0, 1], not clamped, without noise.
-        mask: (B, H, W) logits of the tumour mask, from the structure alone; `mask > 0` is tumour.
+        regions: (B, r, H, W) logits of the tumour's nested regions, from the structure alone: the whole tumour and, with
+            r = 3, its core (all but the oedema) and what of the core enhances.
         foreground: (B, H, W) logits of what is not background, from the structure alone; `foreground > 0` is imaged.
     """
 
     sample: torch.Tensor
-    mask: torch.Tensor
+    regions: torch.Tensor
     foreground: torch.Tensor
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, H, W) logits of the whole tumour; `mask > 0` is tumour."""
+        return self.regions[:, 0]
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """(B, H, W) uint8 of BraTS's labels in the foreground: 1 necrotic core, 2 oedema, 3 enhancing tumour, 0 else.
+
+        `None` if the model knows the whole tumour only.
+        """
+        if self.regions.shape[1] == 1:
+            return None
+        whole, core, enhancing = ((self.regions > 0) & (self.foreground > 0)[:, None]).cumprod(dim=1).unbind(dim=1)
+        return (2 * whole - core + 2 * enhancing).to(torch.uint8)
 
 
 class StyleDistribution(DiagonalGaussianDistribution):
@@ -111,6 +128,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         decoder_channels: widths of the decoder's levels, as many, from the latents' size up.
         encoder_blocks, decoder_blocks: residual blocks on each level, of the encoder and of the decoder's trunk.
         head_channels: width of the part that runs once for each image.
+        num_regions: 3 decodes the regions of the tumour, 1 the whole tumour only.
         structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
             over the whole training set at the end of training; None until then.
         style_shift, style_scale: c_t values, likewise.
@@ -138,6 +156,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         decoder_channels: tuple[int, ...] = (128, 64),
         decoder_blocks: int = 2,
         head_channels: int = 64,
+        num_regions: int = 1,
         structure_shift: list[float] | None = None,
         structure_scale: list[float] | None = None,
         style_shift: list[float] | None = None,
@@ -153,6 +172,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             or len(set(modalities)) < len(modalities)
         ):
             raise ValueError(f"`modalities` must be a non-empty list of different names, got {modalities!r}.")
+        if num_regions not in (1, 3):
+            raise ValueError(f"`num_regions` must be 1 or 3, got {num_regions!r}.")
         if not encoder_channels or len(encoder_channels) != len(decoder_channels):
             raise ValueError(
                 f"`encoder_channels` {list(encoder_channels)} and `decoder_channels` {list(decoder_channels)} must name one "
@@ -201,7 +222,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.Conv2d(d0, d0, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(d0, patch_channels, 3, padding=1),
+            nn.Conv2d(d0, num_regions * patch_channels, 3, padding=1),
         )
         self.foreground_out = nn.Sequential(nn.GroupNorm(8, d0), nn.SiLU(), nn.Conv2d(d0, patch_channels, 3, padding=1))
 
@@ -344,7 +365,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         Args:
             z_struct: (B, c_s, h, w).
             z_style: (B, k, c_t); k may be any number.
-            return_dict: False returns the tuple `(sample, mask, foreground)`.
+            return_dict: False returns the tuple `(sample, regions, foreground)`.
 
         Returns:
             [`DisentangledDecoderOutput`]. An image depends on nothing but its own pair.
@@ -364,7 +385,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         h = self._run(self.decoder_grids[0], self.decoder_in(z_struct))
         for up, blocks in zip(self.decoder_up, self.decoder_grids[1:], strict=True):
             h = self._run(blocks, F.pixel_shuffle(up(h), 2))
-        mask = F.pixel_shuffle(self.mask_out(h), self.config.patch_size)[:, 0]
+        regions = F.pixel_shuffle(self.mask_out(h), self.config.patch_size)
         foreground = F.pixel_shuffle(self.foreground_out(h), self.config.patch_size)
 
         style = z_style.flatten(0, 1)[:, :, None, None]
@@ -375,10 +396,10 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         h = self._run(self.head, self.head_in(h).repeat_interleave(k, dim=0), self.style_in(style))
         sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size)
         sample = sample + F.pixel_shuffle(linear.flatten(0, 1), self.spatial_compression_ratio)
-        sample = sample.reshape(batch, k, *mask.shape[1:]) * foreground.sigmoid()
+        sample = sample.reshape(batch, k, *regions.shape[2:]) * foreground.sigmoid()
         if not return_dict:
-            return sample, mask, foreground[:, 0]
-        return DisentangledDecoderOutput(sample=sample, mask=mask, foreground=foreground[:, 0])
+            return sample, regions, foreground[:, 0]
+        return DisentangledDecoderOutput(sample=sample, regions=regions, foreground=foreground[:, 0])
 
     def forward(
         self, images: torch.Tensor, present: torch.Tensor | None = None, return_dict: bool = True

@@ -11,12 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from dldm_pipeline.appearance import random_partners
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder, DisentangledEncoderOutput
 from dldm_pipeline.data.files import atomic_write
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.losses import foreground_of, noise_std
 from dldm_pipeline.metrics.reconstruction import psnr
+
+TWIN_PROBABILITY = 0.5  # of a structure from another image of the same anatomy
+DONOR_PROBABILITY = 0.7  # of a style from another anatomy under the same acquisition
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One batch
@@ -34,42 +38,32 @@ def random_subset(present: torch.Tensor) -> torch.Tensor:
     return (order.argsort(dim=1) < size[:, None]) & present
 
 
-def random_style_donors(present: torch.Tensor, probability: float) -> torch.Tensor:
-    """For each subject and modality, the subject of the batch whose style is used. (B, n) bool in, (B, n) index out.
+def encode_exchanged(
+    autoencoder: DisentangledAutoencoder, batch: dict[str, torch.Tensor], subset_probability: float
+) -> tuple[torch.Tensor, torch.Tensor, DisentangledEncoderOutput, torch.Tensor]:
+    """Structures and styles to rebuild the images of a batch with, from other images of the same anatomy and acquisition.
 
-    Styles are exchanged within one modality only (strategy 3 of Na et al., MIDL 2023). A donor that lacks the modality is
-    not used.
-    """
-    own = torch.arange(len(present), device=present.device)[:, None].expand(present.shape)
-    donor = torch.rand(present.shape, device=present.device).argsort(dim=0)
-    exchanged = torch.rand(present.shape, device=present.device) < probability
-    return torch.where(exchanged & present.gather(0, donor), donor, own)
-
-
-def encode_mixed(
-    autoencoder: DisentangledAutoencoder,
-    images: torch.Tensor,
-    present: torch.Tensor,
-    mix_probability: float,
-    subset_probability: float,
-) -> tuple[torch.Tensor, torch.Tensor, DisentangledEncoderOutput, DisentangledEncoderOutput]:
-    """Structures and styles to train a decoder with, sampled from the posteriors.
+    Strategy 3 of Na et al. (MIDL 2023) with a target that follows the style, see [`dldm_pipeline.appearance`].
 
     Args:
-        images: (B, n, H, W) in [0, 1].
-        present: (B, n) bool.
-        mix_probability: fraction of styles taken from another subject, see [`random_style_donors`].
+        batch: `images` (B, n, H, W) in [0, 1], or `inputs` in their place; `present` (B, n) bool; `anatomy` and
+            `acquisition` (B,) int.
         subset_probability: fraction of structures from a [`random_subset`] of the modalities.
 
     Returns:
-        Structures (B, c_s, h, w), styles (B, n, c_t), and the posteriors given all modalities and given the subsets.
+        Structures (B, c_s, h, w) and styles (B, n, c_t), sampled; the posteriors given all modalities; and the modes
+        (B, c_s, h, w) of the structures of random subsets, of each row or another one of its anatomy.
     """
-    donors = random_style_donors(present, mix_probability)
-    full, some = autoencoder.encode_subsets(images, [present, random_subset(present)])
-    styles = full.style_dist.sample()[donors, torch.arange(present.shape[1], device=images.device)]
-    from_subset = torch.rand(len(images), 1, 1, 1, device=images.device) < subset_probability
-    structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())
-    return structure, styles, full, some
+    present = batch["present"]
+    twin = random_partners(batch["anatomy"], TWIN_PROBABILITY)
+    donor = random_partners(batch["acquisition"], DONOR_PROBABILITY)[:, None].expand(present.shape)
+    own = torch.arange(len(present), device=present.device)[:, None]
+    donor = torch.where(present.gather(0, donor), donor, own)  # a donor that lacks the modality is not used
+    full, some = autoencoder.encode_subsets(batch.get("inputs", batch["images"]), [present, random_subset(present)])
+    styles = full.style_dist.sample()[donor, torch.arange(present.shape[1], device=present.device)]
+    from_subset = torch.rand(len(present), 1, 1, 1, device=present.device) < subset_probability
+    structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())[twin]
+    return structure, styles, full, some.structure_dist.mode()[twin]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -116,19 +116,33 @@ def spectrum_loss(images: torch.Tensor, targets: torch.Tensor, rings: int, weigh
 
 
 def mask_loss(logits: torch.Tensor, mask: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Ten times the cross-entropy plus one minus the Dice coefficient, a scalar.
+    """Ten times the cross-entropy plus one minus the Dice coefficient, a scalar, averaged over regions.
 
     Tumour is about 2 % of the pixels: Dice keeps "no tumour" from being an answer, cross-entropy gives it edges.
 
     Args:
-        logits, mask: (B, H, W).
-        known: (B,) bool, whether the subject has a mask.
+        logits, mask: (B, r, H, W).
+        known: (B, r) bool, whether the subject's region is known.
     """
-    known = known.float()[:, None, None]
+    known = known.float()[:, :, None, None]
     probability = logits.sigmoid() * known
-    dice = (2 * (probability * mask).sum(dim=(1, 2)) + 1) / ((probability + mask * known).sum(dim=(1, 2)) + 1)
+    dice = (2 * (probability * mask).sum(dim=(2, 3)) + 1) / ((probability + mask * known).sum(dim=(2, 3)) + 1)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, mask, weight=known.expand_as(mask))
     return 10 * cross_entropy + (1 - dice).mean()
+
+
+def nested_regions(batch: dict[str, torch.Tensor], number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model's `regions` are to be: masks (B, r, H, W) float, and which are known (B, r) bool.
+
+    Args:
+        batch: `mask` (B, H, W), `labels` (B, H, W) of 1 necrotic core, 2 oedema, 3 enhancing tumour, and `has_mask` and
+            `has_labels` (B,) bool.
+        number: r, 1 (the whole tumour) or 3 (and its core, and what of it enhances).
+    """
+    labels = batch["labels"]
+    regions = torch.stack([batch["mask"], ((labels == 1) | (labels == 3)).float(), (labels == 3).float()], dim=1)
+    known = torch.stack([batch["has_mask"], batch["has_labels"], batch["has_labels"]], dim=1)
+    return regions[:, :number], known[:, :number]
 
 
 def reconstruction_terms(

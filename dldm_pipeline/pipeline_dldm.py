@@ -150,7 +150,7 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
         Returns:
             [`DLDMPipelineOutput`] or `tuple`:
                 If `return_dict` is `True`, [`DLDMPipelineOutput`] is returned, otherwise the tuple
-                `(images, masks, structure, styles, modalities)`.
+                `(images, masks, structure, styles, modalities, labels)`.
 
         Raises:
             ValueError: on an argument that does not fit, named in the message.
@@ -416,7 +416,7 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
             return DLDMPipelineOutput(None, None, structure, styles, names)
         config, dtype, size = self.autoencoder.config, self.autoencoder.dtype, self._batch_size(batch_size)
         wanted = [config.modalities.index(name) for name in names]
-        images, masks = [], []
+        images, masks, labels = [], [], []
         for first in range(0, len(seeds), size):
             part = slice(first, first + size)
             decoded = self.autoencoder.decode(structure[part].to(dtype), styles[part].to(dtype))
@@ -431,11 +431,15 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
                 image = image + level[:, None, None] * noise.view_as(image)
             images.append(torch.where(foreground[:, None], image, 0).clamp(0, 1))
             masks.append((decoded.mask > 0) & foreground)
+            labels.append(decoded.labels)
         images, masks = torch.cat(images), torch.cat(masks)
+        labels = None if labels[0] is None else torch.cat(labels)
         if output_type != "pt":
             images, masks = images.cpu().numpy(), masks.cpu().numpy()
+            labels = None if labels is None else labels.cpu().numpy()
         if output_type == "pil":
             grey = (images * 255).round().astype(np.uint8)
             images = [[PIL.Image.fromarray(image) for image in subject] for subject in grey]
             masks = [PIL.Image.fromarray(mask) for mask in masks.astype(np.uint8) * 255]
-        return DLDMPipelineOutput(images, masks, structure, styles, names)
+            labels = None if labels is None else [PIL.Image.fromarray(label) for label in labels]
+        return DLDMPipelineOutput(images, masks, structure, styles, names, labels)

@@ -108,7 +108,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
         Returns:
             [`DLDMPipelineOutput`] or `tuple`:
                 If `return_dict` is `True`, [`DLDMPipelineOutput`] is returned, otherwise the tuple
-                `(images, masks, structure, styles, modalities)`.
+                `(images, masks, structure, styles, modalities, labels)`.
 
         Raises:
             ValueError: on an argument that does not fit, named in the message.

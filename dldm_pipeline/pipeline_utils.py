@@ -39,6 +39,10 @@ class DLDMPipelineOutput(BaseOutput):
         styles (`torch.Tensor`):
             (S, M, c_t), the appearances on the autoencoder's own scale; give it back as `styles=`.
         modalities (`list[str]`): the M names.
+        labels (`np.ndarray`, `torch.Tensor` or `list[PIL.Image.Image]`):
+            The tumours' regions as BraTS labels them: (S, H, W) uint8 for "np" and "pt", S 8-bit images for "pil", of 1
+            necrotic core, 2 oedema, 3 enhancing tumour and 0 else; `None` for "latent" and from an autoencoder that knows
+            the whole tumour only.
     """
 
     images: np.ndarray | torch.Tensor | list[list[PIL.Image.Image]] | None
@@ -46,6 +50,7 @@ class DLDMPipelineOutput(BaseOutput):
     structure: torch.Tensor
     styles: torch.Tensor
     modalities: list[str]
+    labels: np.ndarray | torch.Tensor | list[PIL.Image.Image] | None = None
 
     @property
     def by_modality(self) -> dict[str, np.ndarray | torch.Tensor | list[PIL.Image.Image]]:

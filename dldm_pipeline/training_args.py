@@ -108,7 +108,6 @@ class AutoencoderArgs(TrainingArgs):
     decoder_blocks: int = option(2, "residual blocks on each level of the decoder")
     head_channels: int = option(64, "width of the part that runs once an image")
     target_modalities: int = option(3, "modalities decoded each step, at random")
-    mix_probability: float = option(0.5, "fraction of styles taken from another subject")
     subset_probability: float = option(0.6, "fraction of structures from a random subset of the modalities")
     structure_noise: float = option(0.0, "largest standard deviation of noise put on structures, relative to their own")
     spectrum_weight: float = option(0.05, "weight of the power spectrum's log ratio")
@@ -118,7 +117,7 @@ class AutoencoderArgs(TrainingArgs):
         require(self, 1, math.inf, "resolution", "patch_size", "structure_channels", "style_channels", "head_channels")
         require(self, 1, math.inf, "encoder_channels", "decoder_channels", "target_modalities")
         require(self, 0, math.inf, "encoder_blocks", "decoder_blocks", "structure_noise", "spectrum_weight")
-        require(self, 0, 1, "mix_probability", "subset_probability")
+        require(self, 0, 1, "subset_probability")
 
 
 @dataclass
@@ -163,7 +162,6 @@ class DecoderArgs(TrainingArgs):
         None, "pipeline folder to sharpen, or its name on the Hub; by default the bundled one"
     )
     generated_subjects: int = option(768, "new structures to generate before training")
-    mix_probability: float = option(0.5, "fraction of styles taken from another subject")
     subset_probability: float = option(0.6, "fraction of structures from a random subset of the modalities")
     spectrum_weight: float = option(1.0, "weight of the power spectrum's log ratio")
     patch_weight: float = option(
@@ -179,7 +177,7 @@ class DecoderArgs(TrainingArgs):
         require(self, 2, math.inf, "train_batch_size")  # one half of a batch is real, the other one new
         require(self, 1, math.inf, "generated_subjects")
         require(self, 0, math.inf, "spectrum_weight", "patch_weight", "perceptual_weight", "adversarial_weight")
-        require(self, 0, 1, "mix_probability", "subset_probability")
+        require(self, 0, 1, "subset_probability")
 
 
 @dataclass

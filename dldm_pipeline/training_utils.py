@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from dldm_pipeline.appearance import AcquisitionSampler, two_appearances
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
 from dldm_pipeline.data.phantom import phantom_dataset
 from dldm_pipeline.data.slices import SliceDataset
@@ -288,7 +289,10 @@ def fit_on_slices(
     train_set: SliceDataset,
     validation_set: SliceDataset,
 ) -> DataLoader:
-    """[`fit`] of an autoencoder on batches of slices, every second batch mirrored.
+    """[`fit`] of an autoencoder on batches of slices that share anatomies and acquisitions, every second batch mirrored.
+
+    Where the data do not know of acquisitions, as of real scans, half as many slices are read and each gets
+    [`two_appearances`].
 
     Args:
         accelerator: from [`make_accelerator`].
@@ -301,10 +305,12 @@ def fit_on_slices(
     Returns:
         The loader of the slices that validation sees.
     """
-    workers = args.dataloader_num_workers
-    loader = DataLoader(
-        train_set, args.train_batch_size, True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
-    )
+    workers = {"num_workers": args.dataloader_num_workers, "persistent_workers": args.dataloader_num_workers > 0}
+    if train_set.acquisitions is None:
+        loader = DataLoader(train_set, args.train_batch_size // 2, True, drop_last=True, **workers)
+    else:
+        sampler = AcquisitionSampler(train_set.anatomies, train_set.acquisitions, args.train_batch_size)
+        loader = DataLoader(train_set, batch_sampler=sampler, **workers)
     validation_loader = DataLoader(evenly_spaced_subset(validation_set, VALIDATION_SLICES), 16)
     optimizer = MuonAdamW(autoencoder, args.learning_rate)
     objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
@@ -318,8 +324,8 @@ def fit_on_slices(
     def step(number: int) -> dict[str, torch.Tensor]:
         batch = next(batches)
         if torch.rand(()) < 0.5:
-            batch["images"], batch["mask"] = batch["images"].flip(-1), batch["mask"].flip(-1)
-        terms = objective(batch)
+            batch |= {key: batch[key].flip(-1) for key in ("images", "mask", "labels")}
+        terms = objective(batch if "acquisition" in batch else two_appearances(batch))
         loss = sum(weights[name] * term for name, term in terms.items())
         update(accelerator, loss, autoencoder.parameters(), optimizer)
         return {"loss": loss, **terms}

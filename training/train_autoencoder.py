@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from dldm_pipeline import DisentangledAutoencoder
 from dldm_pipeline.cli import exit_on_user_error
-from dldm_pipeline.encoding import encode_mixed, measure_latents, measure_noise, validate_autoencoder
+from dldm_pipeline.encoding import encode_exchanged, measure_latents, measure_noise, validate_autoencoder
 from dldm_pipeline.hub import write_model_card, write_pretrained
-from dldm_pipeline.losses import foreground_of, mask_loss, noise_std, reconstruction_terms
+from dldm_pipeline.losses import foreground_of, mask_loss, nested_regions, noise_std, reconstruction_terms
 from dldm_pipeline.training_args import AutoencoderArgs, parse_args
 from dldm_pipeline.training_utils import (
     evenly_spaced_subset,
@@ -54,11 +54,9 @@ class DisentangledLoss(torch.nn.Module):
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         images, present, args = batch["images"], batch["present"], self.args
         foreground = foreground_of(images, present)
-        # Strategies 1 and 3: one structure a subject, and styles exchanged within a modality.
-        structure, styles, full, some = encode_mixed(
-            self.autoencoder, images, present, args.mix_probability, args.subset_probability
-        )
-        mode, subset_mode = full.structure_dist.mode().detach(), some.structure_dist.mode()
+        # Strategies 1 and 3: one structure a subject, and styles exchanged within an acquisition.
+        structure, styles, full, subset_mode = encode_exchanged(self.autoencoder, batch, args.subset_probability)
+        mode = full.structure_dist.mode().detach()
         variance = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
         if args.structure_noise:
             structure = add_noise(structure, variance, args.structure_noise)
@@ -76,7 +74,7 @@ class DisentangledLoss(torch.nn.Module):
         squared = terms.pop("squared").detach().float().clamp(min=1e-5)
         self.errors[chosen] = self.errors[chosen].lerp(squared, 0.02)
         return terms | {
-            "mask": mask_loss(output.mask, batch["mask"], batch["has_mask"]),
+            "mask": mask_loss(output.regions, *nested_regions(batch, output.regions.shape[1])),
             "agreement": ((subset_mode - mode) ** 2 / variance).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()
             + full.style_dist.kl().mean() / styles[0, 0].numel(),
@@ -136,7 +134,7 @@ def build_autoencoder(args: AutoencoderArgs, modalities: Sequence[str]) -> Disen
     widths = ("patch_size", "structure_channels", "style_channels", "encoder_channels", "encoder_blocks")
     widths += ("decoder_channels", "decoder_blocks", "head_channels")
     options = {name: getattr(args, name) for name in widths}
-    return DisentangledAutoencoder(list(modalities), args.resolution, **options)
+    return DisentangledAutoencoder(list(modalities), args.resolution, num_regions=3, **options)
 
 
 def main(argv: list[str] | None = None) -> None:

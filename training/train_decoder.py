@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from dldm_pipeline import DLDMPipeline
 from dldm_pipeline.autoencoder_disentangled import DisentangledDecoderOutput
 from dldm_pipeline.cli import exit_on_user_error, find_pipeline
-from dldm_pipeline.encoding import encode_mixed, measure_noise, validate_autoencoder
+from dldm_pipeline.encoding import encode_exchanged, measure_noise, validate_autoencoder
 from dldm_pipeline.hub import write_model_card, write_pretrained
 from dldm_pipeline.losses import (
     DetailDiscriminator,
@@ -24,6 +24,7 @@ from dldm_pipeline.losses import (
     foreground_of,
     mask_loss,
     near_tumour,
+    nested_regions,
     noise_std,
     patch_artefacts,
     patch_distance,
@@ -79,9 +80,7 @@ class DecoderLoss(torch.nn.Module):
         args, n = self.args, batch["present"].shape[1]
         foreground = foreground_of(images, present)
         with torch.no_grad():
-            structure, styles, full, _ = encode_mixed(
-                self.autoencoder, images, present, args.mix_probability, args.subset_probability
-            )
+            structure, styles, full, _ = encode_exchanged(self.autoencoder, batch, args.subset_probability)
             paired = (len(images) + 1) // 2  # subjects whose images are known, the first of the batch
             denoised = slice((paired + 1) // 2)
             chosen = torch.randint(len(self.generated), (len(images) - paired,), device=images.device)
@@ -116,7 +115,8 @@ class DecoderLoss(torch.nn.Module):
             foreground[:paired],
         )
         del rebuilt["squared"]
-        mask = mask_loss(output.mask[:paired], batch["mask"][:paired], batch["has_mask"][:paired])
+        regions, known = nested_regions(batch, output.regions.shape[1])
+        mask = mask_loss(output.regions[:paired], regions[:paired], known[:paired])
         return terms | rebuilt | {"mask": mask}
 
     def denoise(self, structure: torch.Tensor, styles: torch.Tensor, present: torch.Tensor) -> torch.Tensor:

@@ -318,7 +318,7 @@ def fit_on_slices(
     def step(number: int) -> dict[str, torch.Tensor]:
         batch = next(batches)
         if torch.rand(()) < 0.5:
-            batch["images"], batch["mask"] = batch["images"].flip(-1), batch["mask"].flip(-1)
+            batch |= {key: batch[key].flip(-1) for key in ("images", "mask", "labels")}
         terms = objective(batch)
         loss = sum(weights[name] * term for name, term in terms.items())
         update(accelerator, loss, autoencoder.parameters(), optimizer)

@@ -27,7 +27,13 @@ DEFAULT_MODALITIES = ("T1", "T2", "FLAIR", "WB", "BB")
 MASK = "mask"
 """Name of the tumour mask: an extra target beside the modalities, never one of them."""
 
-RESERVED_NAMES = (MASK, "subject", "slice_index", "present", "source", "pixel_spacing")
+LABELS = "labels"
+"""Name of the tumour's regions, as in BraTS: 1 necrotic core, 2 oedema, 3 enhancing tumour, 0 else."""
+
+SIMULATED = ("anatomy_seed", "acquisition_seed", "height", "factors")
+"""Columns of the slice table that only simulated slices fill."""
+
+RESERVED_NAMES = (MASK, LABELS, "subject", "slice_index", "present", "source", "pixel_spacing", *SIMULATED)
 """Names that no modality may have, because the slice table already has a column of that name."""
 
 # Words as they stand in file names, lower case, in reading order of the canonical names.

@@ -1,7 +1,8 @@
 """Make a data set of aligned slices from your scans, or from simulated subjects.
 
     python training/prepare_dataset.py SCANS --output DATA          # NIfTI files or DICOM series, one folder per subject
-    python training/prepare_dataset.py --phantom 2000 --output DATA # simulated brain metastases
+    python training/prepare_dataset.py --phantom 2000 --output DATA # simulated brain metastases, as the bundled model knows
+    python training/prepare_dataset.py --simulation 2000 --output DATA # simulated brain tumours with their regions
 
 DATA then holds parquet shards split by subject (`datasets.load_dataset("DATA")` reads them), a data card README.md that
 lists the subjects and what was left out and why, and contact_sheet.png. It appears complete or not at all.
@@ -20,9 +21,10 @@ from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.phantom import phantom_rows
 from dldm_pipeline.data.scans import Scan, find_scans
 from dldm_pipeline.data.sheet import contact_sheet
+from dldm_pipeline.data.simulated_slices import simulated_rows
 from dldm_pipeline.data.slices import data_card, write_slices
 from dldm_pipeline.data.volumes import ScanReport, read_scans
-from dldm_pipeline.modalities import CANONICAL_MODALITIES, DEFAULT_MODALITIES, MASK, check_modalities
+from dldm_pipeline.modalities import CANONICAL_MODALITIES, DEFAULT_MODALITIES, LABELS, MASK, check_modalities
 
 SHEET_SUBJECTS = 10
 PRINTED_LINES = 40
@@ -32,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scans", nargs="?", help="folder with one folder per subject, or one subject's folder")
     parser.add_argument("--phantom", type=int, metavar="N", help="simulate N subjects instead of reading SCANS")
+    parser.add_argument("--simulation", type=int, metavar="N", help="the same with the newer simulator, and regions")
     parser.add_argument("--output", required=True, help="folder to create; it must not exist yet, or be empty")
     parser.add_argument("--image_size", type=int, default=128, help="height and width in pixels, a multiple of 8 (128)")
     parser.add_argument(
@@ -46,14 +49,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--strict", action="store_true", help="stop at the first unusable subject, and never resample a volume"
     )
     parser.add_argument("--num_workers", type=int, default=1, help="how many scans or subjects to work on at once (1)")
+    simulation = parser.add_argument_group("with --simulation")
+    simulation.add_argument("--slices_per_subject", type=int, default=1, help="slices of each subject (1)")
+    simulation.add_argument("--acquisitions", type=int, default=1, help="scanners in which each slice is seen (1)")
+    simulation.add_argument(
+        "--tumour_free_fraction", type=float, default=0.0, help="fraction of the subjects without a tumour (0)"
+    )
     return parser.parse_args(argv)
 
 
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if (args.scans is None) == (args.phantom is None):
-        raise ValueError("give either a folder of scans or --phantom N.")
+    if sum(source is not None for source in (args.scans, args.phantom, args.simulation)) != 1:
+        raise ValueError("give one of a folder of scans, --phantom N and --simulation N.")
+    simulation = (args.slices_per_subject, args.acquisitions, args.tumour_free_fraction)
+    if args.simulation is None and simulation != (1, 1, 0):
+        raise ValueError("--slices_per_subject, --acquisitions and --tumour_free_fraction need --simulation N.")
     if args.image_size < 32 or args.image_size % 8:
         raise ValueError(
             f"--image_size is {args.image_size}; the autoencoder needs a multiple of 8 of at least 32, such as 128."
@@ -67,6 +79,11 @@ def main(argv: list[str] | None = None) -> None:
         modalities = modalities or DEFAULT_MODALITIES
         rows = phantom_rows(args.phantom, args.image_size, args.seed, modalities, args.num_workers)
         rows = tqdm(rows, total=args.phantom, desc="simulating", unit="subject")
+    elif args.simulation is not None:
+        modalities = modalities or DEFAULT_MODALITIES
+        rows = simulated_rows(args.simulation, args.image_size, args.seed, modalities, *simulation, args.num_workers)
+        total = args.simulation * args.slices_per_subject * args.acquisitions
+        rows = tqdm(rows, total=total, desc="simulating", unit="slice")
     else:
         scans = find_scans(args.scans)
         found = {name for scan in scans if not scan.problem for name in scan.files}
@@ -82,13 +99,17 @@ def main(argv: list[str] | None = None) -> None:
     largest: dict[str, dict] = {}
 
     def finish(folder: Path, summary: dict[str, dict[str, int]]) -> None:
-        origin = (
-            f"{args.phantom} simulated subjects (`dldm_pipeline/data/phantom.py`, seed {args.seed}). "
-            "No patient's data are in here."
-            if args.phantom is not None
-            else f"Slices of real scans, split with seed {args.seed}. Axial, anterior up, the patient's right on the left. "
-            f"Before you share them, check that you may.\n\n{report_table(reports)}"
-        )
+        if args.scans is not None:
+            origin = (
+                f"Slices of real scans, split with seed {args.seed}. Axial, anterior up, the patient's right on the left. "
+                f"Before you share them, check that you may.\n\n{report_table(reports)}"
+            )
+        else:
+            simulator = "phantom.py" if args.simulation is None else "simulation.py"
+            origin = (
+                f"{args.phantom or args.simulation} simulated subjects (`dldm_pipeline/data/{simulator}`, seed {args.seed}). "
+                "No patient's data are in here."
+            )
         title = "Aligned multi-modal brain MRI slices"
         card = data_card(title, modalities, args.image_size, summary, origin, "contact_sheet.png")
         write_text(folder / "README.md", card)
@@ -99,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             modalities,
             [f"{row['subject'][-20:]} #{row['slice_index']}" for row in shown],
             folder / "contact_sheet.png",
+            labels=[row.get(LABELS) for row in shown],
         )
 
     rows = keep_largest(rows, largest)
@@ -106,6 +128,13 @@ def main(argv: list[str] | None = None) -> None:
     shown = reports if len(reports) <= PRINTED_LINES else [r for r in reports if r.left_out or r.notes]
     if shown:
         print(report_table(shown))
+    with_mask = {report.subject for report in reports if report.slices and MASK in report.modalities}
+    with_regions = {report.subject for report in reports if report.slices and LABELS in report.modalities}
+    if with_regions:
+        meaning = "1 necrotic core, 2 oedema, 3 enhancing tumour, and 4 read as 3"
+        print(f"{len(with_regions)} subjects have regions, taken for BraTS's: {meaning}")
+    if with_mask - with_regions:
+        print(f"{len(with_mask - with_regions)} subjects have a binary mask: no regions")
     for split, counts in summary.items():
         print(f"{split}: {counts['rows']} slices of {counts['subjects']} subjects")
     if not summary["validation"]["subjects"]:

@@ -5,9 +5,7 @@ vessels. Contrast: the MR signal equations (`mr_signal.py`).
 """
 
 import math
-import multiprocessing
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from tqdm.auto import tqdm
 
 from dldm_pipeline.data.atlas import interpolate, load_atlas
 from dldm_pipeline.data.mr_signal import SEQUENCES, TISSUES, sample_sequence, sample_tissue_values, signal
+from dldm_pipeline.data.simulated_slices import map_in_order
 from dldm_pipeline.data.slices import write_slices
 from dldm_pipeline.modalities import DEFAULT_MODALITIES, check_modalities
 
@@ -126,19 +125,8 @@ def phantom_rows(
     if num_subjects < 1:
         raise ValueError(f"num_subjects is {num_subjects}; ask for at least 1 simulated subject.")
     jobs = [(seed, index, size, modalities) for index in range(num_subjects)]
-    if num_workers <= 1:
-        yield from map(_row, jobs)
-        return
     load_atlas()  # forked workers then share it
-    with multiprocessing.Pool(min(num_workers, num_subjects)) as pool:
-        # One block is made while the last one is used: with all at once, a slow reader would let the memory grow.
-        block, blocks = 8 * num_workers, deque()
-        for start in range(0, num_subjects, block):
-            blocks.append(pool.map_async(_row, jobs[start : start + block], chunksize=1))
-            if len(blocks) > 1:
-                yield from blocks.popleft().get()
-        while blocks:
-            yield from blocks.popleft().get()
+    yield from map_in_order(_row, jobs, num_workers)
 
 
 def phantom_dataset(

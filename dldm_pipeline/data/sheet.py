@@ -1,4 +1,4 @@
-"""Contact sheets: many small images on one dark page, tumours outlined."""
+"""Contact sheets: many small images on one dark page, tumours outlined or their regions coloured."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from dldm_pipeline.data.slices import SliceDataset
 BACKGROUND = (16, 16, 20)
 TEXT = (210, 210, 215)
 OUTLINE = (255, 80, 60)
+REGIONS = {1: (230, 60, 60), 2: (80, 200, 90), 3: (250, 210, 60)}  # red core, green oedema, yellow enhancing tumour
 _GAP = 3  # pixels between tiles
 _TILE = 128  # tiles smaller than this are enlarged, so that outlines and text stay thin against them
 
@@ -27,10 +28,12 @@ def contact_sheet(
     row_names: Sequence[str] | None,
     path: str | os.PathLike,
     outline_all: bool = False,
+    labels: Masks | None = None,
 ) -> None:
     """Save a page of images as PNG, one row each subject and one column each modality.
 
-    If any mask is known, a last column shows the first modality with the tumour outlined.
+    If any mask is known, a last column shows the first modality with the tumour outlined. Where its regions are known,
+    they are coloured instead: necrotic core red, oedema green, enhancing tumour yellow.
 
     Args:
         images (`Sequence[Sequence[np.ndarray | None]]`): For each row its n images (H, W), or an array (rows, n, H, W):
@@ -41,6 +44,7 @@ def contact_sheet(
         row_names (`Sequence[str]`, *optional*): Names of the rows, written to their left.
         path (`str` or `os.PathLike`): PNG file to write.
         outline_all (`bool`, *optional*, defaults to `False`): Outline the tumour in every column.
+        labels (`Sequence[np.ndarray | None]`, *optional*): For each row with a mask its labels (H, W), 0 to 3, or `None`.
 
     Raises:
         ValueError: If the shapes or the numbers of names do not fit together.
@@ -72,14 +76,20 @@ def contact_sheet(
     for column, title in enumerate(titles):
         middle = left + column * (tile_width + _GAP) + tile_width // 2
         draw.text((middle, top // 2), title, fill=TEXT, font=font, anchor="mm")
-    for row, (tiles, mask) in enumerate(zip(images, masks, strict=True)):
+    for row, (tiles, mask, regions) in enumerate(zip(images, masks, labels or [None] * len(images), strict=True)):
         y = top + row * (tile_height + _GAP)
         if row_names is not None:
             draw.text((left - 2 * _GAP, y + tile_height // 2), row_names[row], fill=TEXT, font=font, anchor="rm")
         for column in range(len(titles)):
             is_outline = column == columns
             tile = _tile(tiles[0 if is_outline else column], (tile_width, tile_height))
-            if mask is not None and (is_outline or outline_all):
+            if regions is not None and (is_outline or outline_all):
+                regions_of_tile = np.kron(regions, np.ones((scale, scale), np.uint8))
+                for value, colour in REGIONS.items():
+                    tile[regions_of_tile == value] = (
+                        tile[regions_of_tile == value] // 2 + np.array(colour, np.uint8) // 2
+                    )
+            elif mask is not None and (is_outline or outline_all):
                 inside = np.kron(np.asarray(mask) > 0.5, np.ones((scale, scale), bool))
                 tile[ndimage.binary_dilation(inside) & ~inside] = OUTLINE  # one pixel wide, just outside of it
             page.paste(Image.fromarray(tile), (left + column * (tile_width + _GAP), y))

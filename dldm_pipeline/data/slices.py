@@ -7,21 +7,29 @@ A data set is a folder:
 
 with one row per slice and these columns, in this order:
 
-| column            | type                   | meaning                                                      |
-|-------------------|------------------------|--------------------------------------------------------------|
-| `subject`         | string                 | who; the split is by this                                    |
-| `slice_index`     | int32                  | which axial slice of the subject's volume                    |
-| one each modality | image, null if missing | 16-bit PNG (H, W), mode "I;16"; 0..65535 stands for [0, 1]   |
-| `present`         | list of bool           | whether each modality, in column order, is there             |
-| `mask`            | image, null if unknown | 8-bit PNG (H, W), 255 in the tumour, 0 outside               |
-| `source`          | string                 | where the slice came from                                    |
-| `pixel_spacing`   | list of two float32    | distance between rows, then between columns, in mm           |
+| column             | type                   | meaning                                                            |
+|--------------------|------------------------|--------------------------------------------------------------------|
+| `subject`          | string                 | who; the split is by this                                          |
+| `slice_index`      | int32                  | which axial slice of the subject's volume                          |
+| one each modality  | image, null if missing | 16-bit PNG (H, W), mode "I;16"; 0..65535 stands for [0, 1]         |
+| `present`          | list of bool           | whether each modality, in column order, is there                   |
+| `mask`             | image, null if unknown | 8-bit PNG (H, W), 255 in the whole tumour, 0 outside               |
+| `labels`           | image, null if unknown | 8-bit PNG (H, W): 1 necrotic core, 2 oedema, 3 enhancing, 0 else   |
+| `source`           | string                 | where the slice came from                                          |
+| `pixel_spacing`    | list of two float32    | distance between rows, then between columns, in mm                 |
+| `anatomy_seed`     | list of int64          | `seed` in `simulate_subject`; null of a real slice, as those below |
+| `acquisition_seed` | list of int64          | `acquisition_seed` in `simulate_subject`                           |
+| `height`           | float64                | `height` in `simulate_subject`                                     |
+| `factors`          | string                 | what was drawn, as JSON: its names differ from subject to subject  |
 
-`datasets.load_dataset("DATA")` reads it, `streaming=True` too, and so it does from the Hub.
+Where `labels` are known, `mask` is where they are not 0. `datasets.load_dataset("DATA")` reads the folder, `streaming=True`
+too, and so it does from the Hub. The shards' schema holds `dldm_pipeline.schema_version`; without it they are of version 1,
+which had neither `labels` nor the last four columns and is still read.
 """
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,11 +44,15 @@ from huggingface_hub import DatasetCardData
 from PIL import Image
 
 from dldm_pipeline.data.files import new_folder
-from dldm_pipeline.modalities import MASK, check_modalities
+from dldm_pipeline.modalities import LABELS, MASK, RESERVED_NAMES, SIMULATED, check_modalities
+
+SCHEMA_VERSION = 2
+"""Raised when a reader of older data sets could misread newer ones."""
 
 ROWS_PER_GROUP = 64  # rows held in memory while writing, and read at once by a streaming reader
 SHARD_BYTES = 256 * 2**20
 SPLITS = ("train", "validation")
+_VERSION_KEY = b"dldm_pipeline.schema_version"
 _COMPRESS_LEVEL = 1  # zlib: level 1 writes 16-bit slices several times faster than the default and 5 % larger
 
 
@@ -61,8 +73,13 @@ def slice_features(modalities: Sequence[str]) -> datasets.Features:
             **{name: datasets.Image() for name in modalities},
             "present": datasets.Sequence(datasets.Value("bool")),
             MASK: datasets.Image(),
+            LABELS: datasets.Image(),
             "source": datasets.Value("string"),
             "pixel_spacing": datasets.Sequence(datasets.Value("float32")),
+            "anatomy_seed": datasets.Sequence(datasets.Value("int64")),
+            "acquisition_seed": datasets.Sequence(datasets.Value("int64")),
+            "height": datasets.Value("float64"),
+            "factors": datasets.Value("string"),
         }
     )
 
@@ -112,7 +129,9 @@ def write_slices(
     Args:
         rows (`Iterable[dict]`): One dictionary per slice: `subject` (str), `slice_index` (int), for each modality a
             float array (H, W) in [0, 1] or `None` if missing, `mask` an array (H, W) whose non-zero pixels are tumour,
-            or `None` if unknown, and optionally `source` (str) and `pixel_spacing` (two numbers, mm). All of one size.
+            or `None` if unknown, `labels` an array (H, W) of 0 to 3 or `None`, which makes a mask that is not given, and
+            optionally `source` (str), `pixel_spacing` (two numbers, mm) and, of simulated slices, `anatomy_seed` and
+            `acquisition_seed` (sequences of int), `height` (float) and `factors` (dict). All images of one size.
         output (`str` or `os.PathLike`): Folder to create; it must not exist, or be empty.
         modalities (`Sequence[str]`): Names of the modalities, in the order of the columns.
         val_fraction (`float`, *optional*, defaults to 0.2): Fraction of the subjects that goes to validation.
@@ -132,6 +151,7 @@ def write_slices(
     split_subjects([], val_fraction)  # complain about the fraction now, not after hours
     with new_folder(output) as folder:
         schema = slice_features(modalities).arrow_schema
+        schema = schema.with_metadata({**schema.metadata, _VERSION_KEY: str(SCHEMA_VERSION)})
         rows_file = folder / "rows.parquet"
         subjects = _write_rows(rows, rows_file, modalities, schema)
         if not subjects:
@@ -180,7 +200,7 @@ def data_card(
 # {title}
 
 Modalities: {", ".join(modalities)}; {image_size}x{image_size} pixels, 16-bit, 0 to 65535 for [0, 1].
-Split by subject. Columns: see `dldm_pipeline/data/slices.py`.
+Split by subject. Columns: see `dldm_pipeline/data/slices.py`, schema version {SCHEMA_VERSION}.
 
 | split | subjects | slices |
 |---|---|---|
@@ -207,10 +227,12 @@ def _encode_row(row: dict[str, Any], modalities: tuple[str, ...], size: tuple[in
         raise ValueError(f"a row has no subject: its keys are {sorted(row)}.")
     where = f"subject {row['subject']}, slice {row.get('slice_index')}"
     encoded: dict[str, Any] = {"subject": row["subject"], "slice_index": int(row["slice_index"])}
-    unknown = set(row) - {*modalities, MASK, "subject", "slice_index", "present", "source", "pixel_spacing"}
+    unknown = set(row) - {*modalities, *RESERVED_NAMES}
     if unknown:
         raise ValueError(f"{where}: unknown modalities {sorted(unknown)}; this data set has {list(modalities)}.")
-    for name in (*modalities, MASK):
+    if row.get(LABELS) is not None:
+        row = {**row, MASK: _mask_of_labels(row, where)}
+    for name in (*modalities, MASK, LABELS):
         image = row.get(name)
         if image is None:
             encoded[name] = None
@@ -221,6 +243,8 @@ def _encode_row(row: dict[str, Any], modalities: tuple[str, ...], size: tuple[in
             raise ValueError(f"{where}: {name} has shape {image.shape}, not {size}; all slices must have one 2-D size.")
         if name == MASK:
             encoded[name] = _encode(np.where(image != 0, 255, 0).astype(np.uint8))
+        elif name == LABELS:
+            encoded[name] = _encode(image.astype(np.uint8))
         else:
             low, high = image.min(), image.max()
             if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails this, too
@@ -231,7 +255,20 @@ def _encode_row(row: dict[str, Any], modalities: tuple[str, ...], size: tuple[in
         raise ValueError(f"{where}: none of {', '.join(modalities)} is there; leave such slices out.")
     encoded["source"] = row.get("source") or ""
     encoded["pixel_spacing"] = [float(step) for step in row.get("pixel_spacing") or (1.0, 1.0)]
+    encoded |= {name: row.get(name) for name in SIMULATED}
+    if encoded["factors"] is not None:
+        encoded["factors"] = json.dumps(encoded["factors"])
     return encoded
+
+
+def _mask_of_labels(row: dict[str, Any], where: str) -> np.ndarray:
+    """The whole tumour of a row with labels, which must be 0 to 3 and agree with its mask if it has one."""
+    labels, mask = np.asarray(row[LABELS]), row.get(MASK)
+    if not np.isin(labels, range(4)).all():
+        raise ValueError(f"{where}: labels has values {np.unique(labels)[:9].tolist()}; they must be 0, 1, 2 or 3.")
+    if mask is not None and not np.array_equal(np.asarray(mask) != 0, labels > 0):
+        raise ValueError(f"{where}: mask and labels disagree; the mask is where the labels are not 0, or leave it out.")
+    return labels > 0
 
 
 def _write_rows(
@@ -292,7 +329,10 @@ class SliceDataset(torch.utils.data.Dataset):
         - `present`: bool (n,), which modalities are there.
         - `mask`: float32 (H, W), 1 in the tumour, 0 outside; zeros if there is no mask.
         - `has_mask`: bool (), whether the mask is known.
+        - `labels`: uint8 (H, W): 1 necrotic core, 2 oedema, 3 enhancing tumour, 0 else; zeros if they are unknown.
+        - `has_labels`: bool (), whether the labels are known; then `mask` is where they are not 0.
         - `subject`: str.
+        - `anatomy`, `acquisition`: int, equal for slices that show the same; only of simulated data sets.
 
     Args:
         path (`str` or `os.PathLike`): The data set's folder, or its name on the Hub.
@@ -303,10 +343,11 @@ class SliceDataset(torch.utils.data.Dataset):
     Attributes:
         modalities (`tuple[str, ...]`): Modality names in the order of `images`.
         image_size (`int`): Height of the images, which is their width if they are square.
+        anatomies, acquisitions (`np.ndarray`, *optional*): (N,), the `anatomy` and `acquisition` of every item.
 
     Raises:
         FileNotFoundError: If `path` is no folder with a data set.
-        ValueError: If the split does not exist, or the data have not all the modalities wanted.
+        ValueError: If the split does not exist, the data lack modalities wanted, or the folder's schema is newer.
     """
 
     def __init__(self, path: str | os.PathLike, split: str = "train", modalities: Sequence[str] | None = None) -> None:
@@ -318,15 +359,17 @@ class SliceDataset(torch.utils.data.Dataset):
                 raise FileNotFoundError(f"{path} holds no data/train-*.parquet; see training/prepare_dataset.py.")
             if split not in files:
                 raise ValueError(f"{path} has no split {split!r}; it has {', '.join(files)}.")
+            version = int((pq.read_schema(files[split][0]).metadata or {}).get(_VERSION_KEY, 1))
+            if version > SCHEMA_VERSION:
+                raise ValueError(f"{path} is of schema {version}, newer than {SCHEMA_VERSION}; upgrade dldm_pipeline.")
             table = datasets.load_dataset("parquet", data_files=files, split=split)
         elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise FileNotFoundError(f"{path} is not a data set folder; make one by training/prepare_dataset.py.")
         else:
             table = datasets.load_dataset(path, split=split)
 
-        in_data = tuple(
-            name for name, kind in table.features.items() if isinstance(kind, datasets.Image) and name != MASK
-        )
+        in_data = tuple(name for name, kind in table.features.items() if isinstance(kind, datasets.Image))
+        in_data = tuple(name for name in in_data if name not in RESERVED_NAMES)
         self.modalities = in_data if modalities is None else check_modalities(modalities)
         lacking = [name for name in self.modalities if name not in in_data]
         if lacking:
@@ -338,24 +381,26 @@ class SliceDataset(torch.utils.data.Dataset):
         shown = present[:, [in_data.index(name) for name in self.modalities]].any(axis=1)
         if not shown.all():
             table = table.select(np.flatnonzero(shown))
-        table = table.select_columns(["subject", *self.modalities, MASK])
-        for name in (*self.modalities, MASK):
+        self.anatomies, self.acquisitions = (_numbered(table, name) for name in ("anatomy_seed", "acquisition_seed"))
+        self._images = [*self.modalities, MASK, *([LABELS] if LABELS in table.column_names else [])]
+        table = table.select_columns(["subject", *self._images])
+        for name in self._images:
             table = table.cast_column(name, datasets.Image(decode=False))
         self._table = table.with_format("arrow")
-        first = next((array for array in self._decode_row(0)[1:-1] if array is not None), None) if len(self) else None
+        first = next((array for array in self._decode_row(0)[1] if array is not None), None) if len(self) else None
         if first is None:
             raise ValueError(f"split {split!r} of {path} has no slice of {', '.join(self.modalities)}.")
         self.image_size = first.shape[0]
         self._shape = first.shape
 
-    def _decode_row(self, index: int) -> list[Any]:
-        """Subject, the modalities' arrays (uint16) and the mask's (uint8) of one item; `None` for what is missing."""
+    def _decode_row(self, index: int) -> tuple[str, list[np.ndarray | None], np.ndarray | None, np.ndarray | None]:
+        """Subject, the modalities' arrays (uint16), mask and labels (uint8) of one item; `None` for what is missing."""
         row = self._table[int(index)]
-        found = [row.column("subject")[0].as_py()]
-        for name in (*self.modalities, MASK):
+        found = {LABELS: None}
+        for name in self._images:
             data = row.column(name)[0].as_py()
-            found.append(None if data is None else np.asarray(Image.open(io.BytesIO(data["bytes"]), formats=["PNG"])))
-        return found
+            found[name] = None if data is None else np.asarray(Image.open(io.BytesIO(data["bytes"]), formats=["PNG"]))
+        return row.column("subject")[0].as_py(), [found[name] for name in self.modalities], found[MASK], found[LABELS]
 
     def __len__(self) -> int:
         return len(self._table)
@@ -366,16 +411,31 @@ class SliceDataset(torch.utils.data.Dataset):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"slice {index} of {len(self)}")
-        subject, *arrays = self._decode_row(index)
+        subject, arrays, mask, labels = self._decode_row(index)
         images = np.zeros((len(self.modalities), *self._shape), dtype=np.float32)
-        for image, array in zip(images, arrays, strict=False):
+        for image, array in zip(images, arrays, strict=True):
             if array is not None:
                 np.multiply(array, np.float32(1 / 65535), out=image)
-        mask = np.zeros(self._shape, np.float32) if arrays[-1] is None else (arrays[-1] > 127).astype(np.float32)
-        return {
+        if labels is not None:
+            mask = np.where(labels > 0, 255, 0)
+        nothing = np.zeros(self._shape, np.uint8)
+        item = {
             "images": torch.from_numpy(images),
-            "present": torch.tensor([array is not None for array in arrays[:-1]]),
-            "mask": torch.from_numpy(mask),
-            "has_mask": torch.tensor(arrays[-1] is not None),
+            "present": torch.tensor([array is not None for array in arrays]),
+            "mask": torch.from_numpy(((nothing if mask is None else mask) > 127).astype(np.float32)),
+            "has_mask": torch.tensor(mask is not None),
+            "labels": torch.from_numpy(np.array(nothing if labels is None else labels)),
+            "has_labels": torch.tensor(labels is not None),
             "subject": subject,
         }
+        if self.acquisitions is not None:
+            item |= {"anatomy": int(self.anatomies[index]), "acquisition": int(self.acquisitions[index])}
+        return item
+
+
+def _numbered(table: datasets.Dataset, column: str) -> np.ndarray | None:
+    """(N,) int, equal where the values of a column are; `None` without the column, or if a row has no value."""
+    values = table[column][:] if column in table.column_names else [None]
+    if None in values:
+        return None
+    return np.unique([str(value) for value in values], return_inverse=True)[1]

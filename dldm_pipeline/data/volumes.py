@@ -11,8 +11,13 @@ What happens to a scan, in this order:
 3. The brain is what differs from the background. Volumes are expected to be skull-stripped, where the background is one
    constant value; otherwise the head is taken for the brain.
 4. Each volume is mapped to [0, 1] by one window: percentiles 0.5 and 99.8 of its own brain voxels, never per slice.
-5. Slices with tumour are kept; without a mask, those with at least 30 % of the largest slice's brain area.
-6. One square box per subject is cut around the brain and resized with anti-aliasing, the mask with nearest neighbour.
+5. A segmentation with two or more of the values 1, 2 and 3 gives regions (`labels`): necrotic core, oedema and enhancing
+   tumour. A 4 without a 3 is BraTS's older name of 3. One value alone, whichever, is a binary mask. Other values give a
+   mask without regions, with a note; so do 3 and 4 together, of which BraTS has had several meanings, and the segments of
+   a DICOM Segmentation, whose numbers mean nothing. The mask is where the value is above 0, of fractions above a half.
+6. Slices with tumour are kept; without a mask, those with at least 30 % of the largest slice's brain area.
+7. One square box per subject is cut around the brain and resized: images with anti-aliasing, mask and labels with nearest
+   neighbour, here and in step 2, so that no value between two labels comes up.
 
 **Display convention.** Slices are axial and lie as radiologists look at them, from the feet: row 0 is anterior (the
 nose is up), column 0 is the patient's right. `slice_index` counts from inferior to superior.
@@ -35,7 +40,7 @@ from PIL import Image
 from scipy import ndimage
 
 from dldm_pipeline.data.scans import DICOM_SUFFIXES, Scan, import_pydicom
-from dldm_pipeline.modalities import MASK, check_modalities
+from dldm_pipeline.modalities import LABELS, MASK, check_modalities
 
 WINDOW = (0.5, 99.8)  # percentiles of the brain voxels that become 0 and 1
 MIN_BRAIN_AREA = 0.3  # of the largest slice's: below are the vertex and the brain stem
@@ -53,7 +58,8 @@ class ScanReport:
     Attributes:
         subject (`str`): See `Scan`.
         source (`str`): See `Scan`.
-        modalities (`tuple[str, ...]`): Wanted modalities that it has, `"mask"` last if it has one.
+        modalities (`tuple[str, ...]`): Wanted modalities that it has, then `"mask"` if it has one, and `"labels"` if that
+            tells regions.
         slices (`int`): Number of slices taken.
         notes (`list[str]`): What was done to it that the user should know.
         left_out (`str`, *optional*): Why it was left out, if it was.
@@ -80,7 +86,7 @@ def read_scan(
 
     Returns:
         `tuple[list[dict], list[str]]`: The rows (images float32 (image_size, image_size) in [0, 1], mask uint8 {0, 1}
-        or `None`), and notes on what was done.
+        or `None`, labels uint8 {0, 1, 2, 3} or `None`), and notes on what was done.
 
     Raises:
         ValueError: If the scan cannot be used. The message names the file and says why.
@@ -94,15 +100,20 @@ def read_scan(
     lacking = [name for name in modalities if name not in scan.files]
     notes = [f"lacks {', '.join(lacking)}"] if lacking else []
 
-    volumes = _to_one_grid(scan, {name: _load(scan, name) for name in names}, strict, notes)
-    spacing = next(iter(volumes.values())).header.get_zooms()[:3]
-    # Float32 arrays from here on; the mask first, so that an empty one is found before the slow part.
-    tumour = None
+    volumes = {name: _load(scan, name) for name in names}
+    has_regions = False
     if MASK in volumes:
-        tumour = np.rint(np.asanyarray(volumes.pop(MASK).dataobj)) > 0
+        tumour, has_regions, note = _regions(np.asanyarray(volumes[MASK].dataobj), MASK in scan.series)
         if not tumour.any():
             raise ValueError(f"{scan.files[MASK].name} holds no tumour: every voxel is 0")
+        if note:
+            notes.append(f"{scan.files[MASK].name} {note}: used as a mask without regions")
+        volumes[MASK] = nib.Nifti1Image(tumour, volumes[MASK].affine)
+    volumes = _to_one_grid(scan, volumes, strict, notes)
+    spacing = next(iter(volumes.values())).header.get_zooms()[:3]
+    tumour = np.asanyarray(volumes.pop(MASK).dataobj) if MASK in volumes else None
 
+    # Float32 arrays from here on.
     arrays, brains = {}, {}
     for name in wanted:
         array = np.asanyarray(volumes.pop(name).dataobj).astype(np.float32)
@@ -122,10 +133,10 @@ def read_scan(
     box, side = _brain_box(brain, spacing)
     rows = []
     for index in chosen:
-        mask = None
+        labels = None
         if tumour is not None:
-            mask = _cut(tumour[:, :, index], box, image_size, Image.Resampling.NEAREST).astype(np.uint8)
-            if mask.sum() < MIN_TUMOUR_PIXELS:
+            labels = _cut(tumour[:, :, index], box, image_size, Image.Resampling.NEAREST).astype(np.uint8)
+            if np.count_nonzero(labels) < MIN_TUMOUR_PIXELS:
                 continue
         images: dict[str, np.ndarray | None] = dict.fromkeys(modalities)
         for name in wanted:
@@ -136,7 +147,8 @@ def read_scan(
                 "subject": scan.subject,
                 "slice_index": int(index),
                 **images,
-                MASK: mask,
+                MASK: None if labels is None else (labels > 0).astype(np.uint8),
+                LABELS: labels if has_regions else None,
                 "source": scan.source,
                 "pixel_spacing": (side / image_size, side / image_size),
             }
@@ -259,6 +271,26 @@ def _to_one_grid(
     return volumes
 
 
+def _regions(values: np.ndarray, is_dicom: bool) -> tuple[np.ndarray, bool, str]:
+    """A segmentation as uint8 labels, or as 0 and 1 without regions. Returns it, whether it has regions, and why not.
+
+    A scale factor in the file leaves whole numbers a little off. Of fractions, what is above a half is tumour.
+    """
+    found = np.unique(values[values != 0])
+    whole = np.rint(found)
+    labels = np.rint(values)
+    fits = set(whole) <= {1, 2, 3, 4} and not {3, 4} <= set(whole) and np.abs(found - whole).max(initial=0) < 1e-3
+    if fits and not is_dicom and len(set(whole)) > 1:
+        return np.where(labels == 4, 3, labels).astype(np.uint8), True, ""
+    mask = (labels > 0).astype(np.uint8)
+    if len(found) < 2 or (fits and not is_dicom):
+        return mask, False, ""
+    shown = ", ".join(f"{value:g}" for value in found[:6]) + (", ..." if len(found) > 6 else "")
+    if is_dicom:
+        return mask, False, f"has several segments ({shown}), whose numbers do not say which region each is"
+    return mask, False, f"has the values {shown}; regions are 1, 2 and 3, or 4 in place of 3"
+
+
 def _window(array: np.ndarray, filename: str) -> tuple[np.ndarray, np.ndarray]:
     """Map a volume to [0, 1] by percentiles of its brain. Returns it and the brain (bool)."""
     # Skull-stripping leaves one constant value around the brain; the corners all have it.
@@ -350,6 +382,7 @@ def read_scans(
         has = tuple(name for name in (*modalities, MASK) if name in scan.files)
         try:
             rows, notes = read_scan(scan, modalities, image_size, strict)
+            has += (LABELS,) if rows[0][LABELS] is not None else ()
         except ValueError as error:
             if strict:
                 raise ValueError(f"{scan.source}: {error}.") from error

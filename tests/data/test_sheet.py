@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dldm_pipeline.data.sheet import BACKGROUND, OUTLINE, contact_sheet, evenly_spaced_rows, subjects_sheet
+from dldm_pipeline.data.sheet import BACKGROUND, OUTLINE, REGIONS, contact_sheet, evenly_spaced_rows, subjects_sheet
 from dldm_pipeline.data.slices import SliceDataset, write_slices
 
 NAMES = ["a", "b", "c"]
@@ -41,6 +41,15 @@ def test_sheet_shows_images_gaps_and_outlines(tmp_path: Path) -> None:
     assert has_outline(tile(one, -1, -1)) and not has_outline(tile(one, -2, -1)) and not has_outline(tile(one, -1, -2))
     contact_sheet(rows, [None, mask], NAMES, ["x", "y"], tmp_path / "all.png", outline_all=True)
     assert has_outline(tile(page(tmp_path / "all.png"), -1, -2))
+    labels = mask.astype(np.uint8)
+    labels[4:6, 4:9], labels[8, 8] = 2, 3
+    contact_sheet(rows, [mask, mask], NAMES, ["x", "y"], tmp_path / "regions.png", labels=[None, labels])
+    regions = page(tmp_path / "regions.png")
+    assert has_outline(tile(regions, -2, -1)) and not has_outline(tile(regions, -1, -1))
+    for value, (y, x) in {1: (6, 4), 2: (4, 4), 3: (8, 8)}.items():
+        block = tile(regions, -1, -1)[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
+        assert (block == 64 + np.array(REGIONS[value]) // 2).all()
+    assert (tile(regions, -1, -1)[:32] == 128).all()
     contact_sheet(rows, [None, None], NAMES, None, tmp_path / "unknown.png")
     assert np.array_equal(page(tmp_path / "unknown.png"), plain)
     contact_sheet(np.stack([[image] * 3] * 2), None, NAMES, None, tmp_path / "float.png")

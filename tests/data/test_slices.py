@@ -1,11 +1,13 @@
 """The slice table: writing, splitting, loading back."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,13 +15,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dldm_pipeline.data import slices
+from dldm_pipeline.data.simulation import simulate_subject
 from dldm_pipeline.data.slices import SliceDataset, data_card, split_subjects, write_slices
+from dldm_pipeline.modalities import SIMULATED
 
 NAMES = ("T1", "T2", "X-ray")
 
 
 def make_rows(subjects: int = 5, each: int = 2) -> list[dict]:
-    """Slices of 16x16; the first one lacks T2 and its mask."""
+    """Slices of 16x16; the first one lacks T2 and its mask, and its subject and the last one lack regions."""
     rng = np.random.default_rng(0)
     rows = [
         {
@@ -33,6 +37,8 @@ def make_rows(subjects: int = 5, each: int = 2) -> list[dict]:
         for number in range(subjects * each)
     ]
     rows[0]["T2"] = rows[0]["mask"] = None
+    for row in rows[each:-1]:
+        row["labels"] = row["mask"] * rng.integers(1, 4, (16, 16))
     return rows
 
 
@@ -73,20 +79,24 @@ def test_split_follows_the_seed() -> None:
         split_subjects(names, 1.0)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     hnp.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.floats(0, 1, width=32)),
-    st.booleans(),
+    st.sampled_from([None, "mask", "labels"]),
+    st.sampled_from([np.uint8, np.int64, np.float32]),
 )
-def test_round_trip_within_a_grey_level(image: np.ndarray, has_mask: bool) -> None:
-    mask = (image > 0.5).astype(np.uint8) if has_mask else None
+def test_round_trip_within_a_grey_level(image: np.ndarray, known: str | None, kind: type) -> None:
+    labels = np.rint(3 * image).astype(kind)
+    truth = {"mask": labels > 0, "labels": labels}.get(known)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data_set"
-        write_slices([{"subject": "a", "slice_index": 0, "T1": image, "mask": mask}], path, ["T1"])
+        write_slices([{"subject": "a", "slice_index": 0, "T1": image, known or "mask": truth}], path, ["T1"])
         item = SliceDataset(path)[0]
     assert np.abs(item["images"][0].numpy() - image).max() <= 1 / 65535
-    assert bool(item["has_mask"]) == has_mask
-    assert np.array_equal(item["mask"].numpy(), np.zeros_like(image) if mask is None else mask)
+    assert bool(item["has_mask"]) == (known is not None) and bool(item["has_labels"]) == (known == "labels")
+    np.testing.assert_array_equal(item["mask"], labels > 0 if known else 0)
+    np.testing.assert_array_equal(item["labels"], labels if known == "labels" else 0)
+    assert item["mask"].dtype == torch.float32 and item["labels"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -98,7 +108,17 @@ def test_loads_by_datasets(folder: Path, streaming: bool) -> None:
     assert len(back) == len(rows)
     for row in rows:
         got = back[row["subject"], row["slice_index"]]
-        assert list(got) == ["subject", "slice_index", *NAMES, "present", "mask", "source", "pixel_spacing"]
+        assert list(got) == [
+            "subject",
+            "slice_index",
+            *NAMES,
+            "present",
+            "mask",
+            "labels",
+            "source",
+            "pixel_spacing",
+            *SIMULATED,
+        ]
         assert got["present"] == [row[name] is not None for name in NAMES]
         assert got["pixel_spacing"] == [1.5, 2.0] and got["source"] == "test"
         assert got["T1"].mode == "I;16" and (got["mask"] is None or got["mask"].mode == "L")
@@ -106,6 +126,44 @@ def test_loads_by_datasets(folder: Path, streaming: bool) -> None:
             assert (got[name] is None) == (row[name] is None)
             assert row[name] is None or np.array_equal(np.asarray(got[name]), np.rint(row[name] * 65535))
         assert row["mask"] is None or np.array_equal(np.asarray(got["mask"]), row["mask"] * 255)
+        assert (got["labels"] is None) == ("labels" not in row)
+        assert "labels" not in row or np.array_equal(np.asarray(got["labels"]), row["labels"])
+        assert [got[name] for name in SIMULATED] == [None] * 4
+
+
+def test_a_simulated_row_can_be_simulated_again(tmp_path: Path) -> None:
+    subject = simulate_subject((2**40, 7), (3, 1), size=32, modalities=["T1"])
+    row = {
+        "subject": "a",
+        "slice_index": 0,
+        "T1": subject.images[0],
+        "labels": subject.labels,
+        "factors": subject.factors,
+    }
+    row |= {"anatomy_seed": subject.seeds[0], "acquisition_seed": subject.seeds[1], "height": subject.height}
+    write_slices([row], tmp_path / "data", ["T1"])
+    (back,) = datasets.load_dataset(str(tmp_path / "data"), split="train")
+    assert json.loads(back["factors"]) == subject.factors
+    seeds = tuple(back["anatomy_seed"]), tuple(back["acquisition_seed"])
+    again = simulate_subject(*seeds, size=32, height=back["height"], modalities=["T1"])
+    assert np.array_equal(again.images, subject.images) and np.array_equal(again.labels, subject.labels)
+
+
+def test_older_data_sets_are_read_and_newer_ones_refused(folder: Path, tmp_path: Path) -> None:
+    kept = ["subject", "slice_index", *NAMES, "present", "mask", "source", "pixel_spacing"]  # all that version 1 had
+    for split in slices.SPLITS:
+        old = datasets.load_dataset(str(folder), split=split).select_columns(kept)
+        (tmp_path / "old" / "data").mkdir(parents=True, exist_ok=True)
+        old.to_parquet(tmp_path / "old" / "data" / f"{split}-00000-of-00001.parquet")
+        for item, now in zip(SliceDataset(tmp_path / "old", split), SliceDataset(folder, split), strict=True):
+            assert not item["has_labels"] and not item["labels"].any()
+            assert all(np.array_equal(item[key], now[key]) for key in ("images", "mask", "has_mask"))
+
+    for shard in (tmp_path / "old" / "data").iterdir():
+        table = pq.read_table(shard)
+        pq.write_table(table.replace_schema_metadata({"dldm_pipeline.schema_version": "3"}), shard)
+    with pytest.raises(ValueError, match="old is of schema 3, newer than 2; upgrade dldm_pipeline"):
+        SliceDataset(tmp_path / "old")
 
 
 def test_items_are_tensors(folder: Path) -> None:
@@ -168,6 +226,12 @@ def test_many_shards_keep_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"WB": np.zeros((16, 16))}, r"unknown modalities \['WB'\]"),
         ({"T1": None, "T2": None, "X-ray": None}, "none of T1, T2, X-ray is there"),
         ({"subject": ""}, "a row has no subject"),
+        (
+            {"labels": np.full((16, 16), 4)},
+            r"subject s001, slice 11: labels has values \[4\]; they must be 0, 1, 2 or 3",
+        ),
+        ({"labels": np.full((16, 16), 1.5)}, r"labels has values \[1.5\]"),
+        ({"labels": np.zeros((16, 16))}, "subject s001, slice 11: mask and labels disagree"),
         (None, "no slices to write"),
     ],
 )

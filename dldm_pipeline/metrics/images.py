@@ -36,11 +36,7 @@ def to_uint8(images: np.ndarray | torch.Tensor, name: str = "images") -> np.ndar
 
 
 def check_images(images: np.ndarray, name: str = "images") -> None:
-    """Raises one clear error unless `images` are 8-bit grey images (N, H, W) that use the 0-255 range.
-
-    Args:
-        images: array, or anything with its `dtype`, `shape` and slicing (a memory map, for example).
-        name: what the message calls them.
+    """Raises one clear error unless `images`, an array or a memory map, are 8-bit grey ones that use the 0-255 range.
 
     Raises:
         TypeError: if the dtype is not uint8.
@@ -63,13 +59,18 @@ def check_images(images: np.ndarray, name: str = "images") -> None:
         )
 
 
+def as_flags(flags: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """`flags` as a bool array; all True, of `shape`, for None."""
+    return np.ones(shape, dtype=bool) if flags is None else np.asarray(flags, dtype=bool)
+
+
 @dataclass(eq=False)
 class Slices:
     """N slices of n modalities in memory.
 
     Args:
         images: (N, n, H, W), uint8 in 0-255, or floats in [0, 1], which are converted by [`to_uint8`].
-        subjects: N subject names, one a slice; every slice is a subject of its own if None.
+        subjects: N subject names; every slice is a subject of its own if None.
         present: bool (N, n), which images are there; all if None.
 
     Raises:
@@ -89,7 +90,7 @@ class Slices:
             if self.subjects.shape != (len(self),):
                 raise ValueError(f"subjects has {len(self.subjects)} names for {len(self)} slices; give one for each.")
         shape = self.images.shape[:2]
-        self.present = np.ones(shape, dtype=bool) if self.present is None else np.asarray(self.present, dtype=bool)
+        self.present = as_flags(self.present, shape)
         if self.present.shape != shape:
             raise ValueError(f"present has shape {self.present.shape}; with these images it must be {shape}.")
 
@@ -109,13 +110,8 @@ class Slices:
             )
 
 
-def read_slices(dataset: Dataset, max_items: int | None = None, progress: bool = True) -> Slices:
-    """Reads a data set into memory as 8-bit images.
-
-    Args:
-        dataset: a `SliceDataset`, or anything with its items: `images` (n, H, W), `present` (n,), `subject`.
-        max_items: at most this many slices, evenly spaced over the whole set; all if None.
-        progress: show a progress bar.
+def evenly_spaced(dataset: Dataset, max_items: int | None = None) -> Subset:
+    """At most `max_items` items, evenly spaced over the whole set; all if None.
 
     Raises:
         ValueError: if the data set is empty, or `max_items` is below 1.
@@ -123,9 +119,18 @@ def read_slices(dataset: Dataset, max_items: int | None = None, progress: bool =
     count = len(dataset) if max_items is None else min(max_items, len(dataset))
     if count < 1:
         raise ValueError(f"dataset has {len(dataset)} slices, max_items={max_items}: at least one slice is needed.")
-    dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
+    return Subset(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
+
+
+def read_slices(dataset: Dataset, max_items: int | None = None) -> Slices:
+    """Reads a data set, or `max_items` evenly spaced slices of it, into memory as 8-bit images.
+
+    Args:
+        dataset: a `SliceDataset`, or anything with its items: `images` (n, H, W), `present` (n,), `subject`.
+        max_items: see [`evenly_spaced`].
+    """
     images, subjects, present = [], [], []
-    for batch in tqdm(DataLoader(dataset, batch_size=32), desc="read", disable=not progress):
+    for batch in tqdm(DataLoader(evenly_spaced(dataset, max_items), batch_size=32), desc="read"):
         images.append(to_uint8(batch["images"]))
         subjects += list(batch["subject"])
         present.append(batch["present"].numpy())

@@ -1,4 +1,4 @@
-"""What the compared systems share: data in memory, the choice of the best checkpoint, seeds, sheets and cards.
+"""What the compared systems share: data in memory, seeds, the choice of the best checkpoint, sheets and cards.
 
 What they share with the DLDM's own training scripts is in `dldm_pipeline.training_utils`.
 """
@@ -7,13 +7,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import tqdm
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.sheet import evenly_spaced_rows, subjects_sheet
@@ -30,11 +29,6 @@ Extractor = Callable[[np.ndarray], np.ndarray]
 
 SHEET_SUBJECTS = 8
 SELECTION_SEED = 20240  # not a seed that a test of the finished model would take
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -54,49 +48,36 @@ class Slices:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device) -> "Slices":
-        """The same on a device."""
-        return Slices(
-            self.images.to(device), self.present.to(device), None if self.masks is None else self.masks.to(device)
-        )
-
 
 def read_slices(
-    dataset: SliceDataset, joint: bool = False, num_workers: int = 0, show_progress: bool = False
+    dataset: SliceDataset, joint: bool = False, num_workers: int = 0, device: str | torch.device = "cpu"
 ) -> Slices:
-    """Read a whole split: 41 kB a slice of five modalities at 64x64.
+    """Read a whole split onto a device: 41 kB a slice of five modalities at 64x64.
 
     Args:
         dataset: the split.
         joint: read masks too, and leave out slices that lack a modality or the mask.
         num_workers: processes that decode.
-        show_progress: whether to show a bar.
+        device: where to keep it.
 
     Raises:
         ValueError: no slice is left.
     """
     images, present, masks = [], [], []
-    for batch in tqdm(
-        DataLoader(dataset, 64, num_workers=num_workers), "reading slices", unit="batch", disable=not show_progress
-    ):
-        kept = torch.ones(len(batch["images"]), dtype=torch.bool)
-        if joint:
-            kept &= batch["present"].all(dim=1) & batch["has_mask"]
+    for batch in tqdm(DataLoader(dataset, 64, num_workers=num_workers), desc="reading slices", unit="batch"):
+        complete = batch["present"].all(dim=1) & batch["has_mask"]
+        kept = complete if joint else torch.ones_like(complete)
         images.append(batch["images"][kept].half())
         present.append(batch["present"][kept])
         masks.append(batch["mask"][kept] > 0.5)
-    slices = Slices(torch.cat(images), torch.cat(present), torch.cat(masks) if joint else None)
+    parts = [images, present, masks] if joint else [images, present]
+    slices = Slices(*(torch.cat(part).to(device) for part in parts))
     if not len(slices):
         names = ", ".join(dataset.modalities)
         raise ValueError(
             f"--dataset: no slice has all of {names} and a mask; name fewer --modalities, or add --conditional"
         )
     return slices
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeds
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def subject_generators(
@@ -116,33 +97,14 @@ def subject_generators(
     for name, value in (("num_subjects", num_subjects), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more")
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if isinstance(generator, Sequence):
         if len(generator) != num_subjects:
-            raise ValueError(
-                f"generator has {len(generator)} entries for {num_subjects} subjects; give one each, or one"
-            )
+            count = len(generator)
+            raise ValueError(f"generator has {count} entries for {num_subjects} subjects; give one each, or one")
         return list(generator)
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**62, (num_subjects,), generator=generator, device=device).tolist()
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Choice of the checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def default_extractor(device: torch.device) -> Extractor:
-    """EfficientNet-Lite0, which needs no download.
-
-    Raises:
-        ValueError: its packages are not installed.
-    """
-    try:
-        extractor = load_extractor("efficientnet-lite0", device=str(device))
-    except ImportError as error:
-        raise ValueError(f"--selection_subjects: {error} Or give 0, which keeps the last model") from error
-    return partial(extractor, progress=False)
 
 
 class Selection:
@@ -154,7 +116,10 @@ class Selection:
         args: of the run: output folder, number of subjects, and whether to go on with the folder's list.
         real: held-out slices; at most `selection_subjects` of them are used, evenly spaced.
         modalities: their names.
-        extractor: from images to features; by default `default_extractor`.
+        extractor: from images to features; by default EfficientNet-Lite0, which needs no download.
+
+    Raises:
+        ValueError: too few held-out slices, or the default extractor's packages are not installed.
     """
 
     def __init__(self, args: BaselineArgs, real: Slices, modalities: Sequence[str], extractor: Extractor | None = None):
@@ -167,7 +132,10 @@ class Selection:
             self.path.unlink(missing_ok=True)
         if not num_subjects:
             return
-        self.extractor = extractor or default_extractor(real.images.device)
+        try:
+            self.extractor = extractor or load_extractor(device=str(real.images.device))
+        except ImportError as error:
+            raise ValueError(f"--selection_subjects: {error} Or give 0, which keeps the last model") from error
         self.real = []
         for m, name in enumerate(self.modalities):
             rows = real.present[:, m].nonzero()[:, 0]
@@ -205,9 +173,8 @@ class Selection:
             return {key: value for key, value in self.entries[-1].items() if key.startswith("KID")}
         minutes = round(clock.elapsed / 60, 2)
         model.eval()
-        images = model.sample(self.num_subjects, torch.Generator().manual_seed(SELECTION_SEED))
+        figures = self.measure(model.sample(self.num_subjects, torch.Generator().manual_seed(SELECTION_SEED)))
         model.train()
-        figures = self.measure(images)
         if self.best is None or figures["KID"] < self.best["KID"]:
             write_pretrained(model.save_pretrained, self.path.parent)
         self.entries.append({"step": clock.step, "minutes": minutes, **figures})
@@ -215,19 +182,12 @@ class Selection:
         return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def generated_sheet(
-    model: torch.nn.Module, num_subjects: int, seed: int, path: Path, real: SliceDataset | None = None
-) -> None:
+def generated_sheet(model: torch.nn.Module, seed: int, path: Path, real: SliceDataset | None = None) -> None:
     """Save generated subjects as a contact sheet, above as many real ones."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(num_subjects)]
-    groups = {"generated": (model.eval().sample(num_subjects, generators).numpy(), None)}
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(SHEET_SUBJECTS)]
+    groups = {"generated": (model.eval().sample(SHEET_SUBJECTS, generators).numpy(), None)}
     if real is not None:
-        groups["real"] = evenly_spaced_rows(real, num_subjects)
+        groups["real"] = evenly_spaced_rows(real, SHEET_SUBJECTS)
     subjects_sheet(path, list(model.config.modalities), groups)
 
 
@@ -236,7 +196,7 @@ def validate(
 ) -> dict[str, float]:
     """Offer a model to the selection and save some of its subjects at `path`."""
     figures = selection.offer(model, clock)
-    generated_sheet(model, SHEET_SUBJECTS, seed, path)
+    generated_sheet(model, seed, path)
     model.train()
     return figures
 
@@ -250,29 +210,25 @@ def finish(
     title: str,
     description: str,
     training: dict[str, float | int | str],
-    training_data: str,
+    num_slices: int,
 ) -> None:
-    """Offer the last model, then write card and sheet of the one that was kept.
+    """Offer the last model, with averaged weights, then write card and sheet of the one that was kept.
 
     Args:
-        model: with averaged weights.
-        selection: made at the start.
-        clock: of the run.
-        args: of the run.
         real: shown beneath the generated subjects.
-        title: of the card.
-        description: Markdown.
+        title, description: of the card, the latter in Markdown.
         training: more figures of the run.
-        training_data: for the card.
+        num_slices: trained on.
     """
     output_dir = Path(args.output_dir)
     selection.offer(model, clock)
-    if selection.best is None:
+    best = selection.best
+    if best is None:
         write_pretrained(model.save_pretrained, output_dir)
-    elif selection.best["step"] != clock.step:
+    elif best["step"] != clock.step:
         model = type(model).from_pretrained(output_dir).to(model.device)
-    generated_sheet(model, SHEET_SUBJECTS, args.seed, output_dir / "samples.png", real)
-    figures = {} if selection.best is None else {f"{key} (validation)": v for key, v in selection.best.items()}
+    generated_sheet(model, args.seed, output_dir / "samples.png", real)
+    figures = {f"{key} (validation)": value for key, value in (best or {}).items()}
     write_model_card(
         output_dir,
         title,
@@ -286,7 +242,7 @@ def finish(
             **args.shown(),
         },
         {"generated subjects above, real ones below": "samples.png"},
-        training_data=training_data,
+        training_data=f"{num_slices} slices.",
     )
-    kept = "the last model" if selection.best is None else f"step {selection.best['step']} of {clock.step}"
+    kept = "the last model" if best is None else f"step {best['step']} of {clock.step}"
     print(f"{output_dir}: kept {kept}" + "".join(f", {name} {value:.4f}" for name, value in figures.items()))

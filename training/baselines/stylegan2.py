@@ -26,10 +26,6 @@ from torch import nn
 
 from dldm_pipeline.modalities import check_modalities
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def lrelu(x: torch.Tensor) -> torch.Tensor:
     """Leaky ReLU that keeps the variance of normal input."""
@@ -51,11 +47,7 @@ def upsample(x: torch.Tensor) -> torch.Tensor:
 class EqualLinear(nn.Module):
     """A linear layer whose weights are stored at unit variance and scaled in use, so that all learn at one speed.
 
-    Args:
-        inputs: features in.
-        outputs: features out.
-        bias: initial value of all biases.
-        speed: learning rate against that of the other layers.
+    `bias` is the initial value of all biases, `speed` the learning rate against that of the other layers.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: float = 0.0, speed: float = 1.0):
@@ -90,15 +82,8 @@ class ModulatedConv2d(nn.Module):
     """A convolution whose input channels are scaled by a style, and its output channels back to unit variance.
 
     Scaling the activations gives the same numbers as giving each image a kernel of its own (equations 1 to 3 of the
-    paper, there run as a grouped convolution), and lets all images share one fast convolution.
-
-    Args:
-        inputs: channels in.
-        outputs: channels out.
-        kernel: 1 or 3.
-        style_dim: length of w.
-        demodulate: whether to divide by the expected deviation.
-        up: whether to double the size, with a blur after.
+    paper, there run as a grouped convolution), and lets all images share one fast convolution. `up` doubles the size, with
+    a blur after.
     """
 
     def __init__(
@@ -121,11 +106,6 @@ class ModulatedConv2d(nn.Module):
             power = style.square() @ weight.square().sum(dim=(2, 3)).T
             x = x * (power + 1e-8).rsqrt()[:, :, None, None]
         return x
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generator
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class MappingNetwork(nn.Module):
@@ -227,8 +207,8 @@ class StyleGAN2(ModelMixin, ConfigMixin):
         x = self.convs[0](x, w, noises[0])
         image = self.to_image[0](x, w)
         for level in range(1, len(self.to_image)):
-            x = self.convs[2 * level - 1](x, w, noises[2 * level - 1])
-            x = self.convs[2 * level](x, w, noises[2 * level])
+            for i in (2 * level - 1, 2 * level):
+                x = self.convs[i](x, w, noises[i])
             image = upsample(image) + self.to_image[level](x, w)
         return image + self.image_bias[:, None, None]
 
@@ -248,29 +228,27 @@ class StyleGAN2(ModelMixin, ConfigMixin):
 
         Args:
             num_subjects: S, one or more.
-            generator: CPU generator, or one for each subject. The same seed gives the same subjects, whatever the
-                batch size.
+            generator: CPU generator, or one for each subject. A seed fixes the subjects.
             batch_size: subjects at once; only memory and time depend on it.
             return_masks: also give the masks.
 
         Returns:
-            (S, n, H, W) float32 in [0, 1] on the CPU; with `return_masks`, also (S, H, W) of 0 and 1, or `None` for a
-            model without masks.
+            (S, n, H, W) float32 in [0, 1] on the CPU; with `return_masks`, also (S, H, W) of 0 and 1, or `None`.
 
         Raises:
             ValueError: `num_subjects` or `batch_size` below 1, or another number of generators.
         """
         generators = subject_generators(num_subjects, generator, batch_size)
         n, conditional = len(self.config.modalities), self.config.conditional
+        shapes = [(self.config.latent_dim,), *[(1, size, size) for size in self.noise_sizes()]]
         results = []
         for start in range(0, num_subjects, batch_size):
             part = generators[start : start + batch_size]
             count = len(part)
-            shapes = [(self.config.latent_dim,), *[(1, size, size) for size in self.noise_sizes()]]
             z, *noises = (randn_tensor((count, *shape), part, self.device, self.dtype) for shape in shapes)
             if conditional:
                 labels = torch.arange(n, device=self.device).repeat(count)
-                z, noises = z.repeat_interleave(n, 0), [noise.repeat_interleave(n, 0) for noise in noises]
+                z, *noises = (x.repeat_interleave(n, 0) for x in (z, *noises))
                 images = self(z, labels, noises).unflatten(0, (count, n))[:, :, 0]
             else:
                 images = self(z, None, noises)
@@ -291,11 +269,6 @@ def check_grids(sample_size: int, channels: Sequence[int]) -> None:
         raise ValueError(f"channels is {list(channels)}; give {grids} positive widths, one for each grid: {sizes}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Discriminator
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class ResidualBlock(nn.Module):
     """Two convolutions beside a short-cut, half the size."""
 
@@ -310,14 +283,9 @@ class ResidualBlock(nn.Module):
 
 
 def minibatch_deviation(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
-    """Add a channel with the mean deviation over groups of images, which shows a generator that repeats itself.
+    """Add a channel to (B, C, H, W): the mean deviation over groups of images, which shows a generator that repeats itself.
 
-    Args:
-        x: (B, C, H, W).
-        group_size: images in a group; the largest divisor of B up to it is taken.
-
-    Returns:
-        (B, C + 1, H, W).
+    A group has the largest divisor of B up to `group_size` images.
     """
     size = next(g for g in range(min(group_size, len(x)), 0, -1) if len(x) % g == 0)
     groups = x.unflatten(0, (size, -1))
@@ -327,13 +295,9 @@ def minibatch_deviation(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
 
 
 class Discriminator(nn.Module):
-    """Images (B, image_channels, H, W) and, if there are labels, (B,) to logits (B,), above zero for real.
+    """Images (B, image_channels, H, W) and labels (B,), if `num_labels` is not 0, to logits (B,), above zero for real.
 
-    Args:
-        image_channels: of an image.
-        sample_size: image height and width, pixels.
-        channels: width on the grid of 4x4, 8x8, ..., sample_size.
-        num_labels: how many labels there are; 0 for none.
+    `sample_size` and `channels` are as in [`StyleGAN2`].
     """
 
     def __init__(self, image_channels: int, sample_size: int, channels: Sequence[int], num_labels: int = 0):
@@ -357,22 +321,15 @@ class Discriminator(nn.Module):
         return logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def translate(images: torch.Tensor, largest: float = 0.125) -> torch.Tensor:
     """Shift each image by up to a share of its size, (B, C, H, W); every channel alike.
 
     The border is filled with grey, 0. Black would hide the shift, as slices have black borders, and the generator would
     then learn to shift its brains as well; so the discriminator sees what the shift was.
     """
-    reach, size = round(largest * images.shape[-1]), images.shape[-2:]
+    reach, (height, width) = round(largest * images.shape[-1]), images.shape[-2:]
     if not reach:
         return images
-    padded = F.pad(images, [reach] * 4).unbind()
     corners = torch.randint(2 * reach + 1, (len(images), 2)).tolist()
-    return torch.stack(
-        [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(padded, corners, strict=True)]
-    )
+    pairs = zip(F.pad(images, [reach] * 4), corners, strict=True)
+    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in pairs])

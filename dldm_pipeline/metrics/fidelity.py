@@ -82,9 +82,9 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel `(x·y / D + 1)³` over all samples (KID).
 
-    clean-fid and torch-fidelity average it over 100 random subsets of at most 1,000 samples. Where a subset is the whole
-    set, as with equal N up to 1,000, they return this value; for larger sets they estimate it. An unbiased estimate of 0
-    is negative half the time. Arguments and errors are those of [`frechet_distance`].
+    clean-fid and torch-fidelity average it over 100 random subsets of at most 1,000 samples: the same value for equal N up
+    to 1,000, and an estimate of it for larger sets. An unbiased estimate of 0 is negative half the time. Arguments and
+    errors are those of [`frechet_distance`].
     """
     real, generated = _check_features(real, generated, 2)
 
@@ -106,14 +106,8 @@ def neighbour_scores(real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOUR
     - density: number of real balls a generated sample lies in, over k, on average; may exceed 1;
     - coverage: fraction of real samples whose ball holds at least one generated sample.
 
-    Precision and recall are torch-fidelity's; density and coverage are those of `prdc`.
-
-    Args:
-        real, generated: (N, D) and (M, D).
-        k: neighbours, the sample itself not counted.
-
-    Raises:
-        ValueError: on fewer than k + 1 samples in either set, NaN, or unequal D.
+    Precision and recall are torch-fidelity's; density and coverage are those of `prdc`. The sample itself is not counted
+    in k. Raises a ValueError on fewer than k + 1 samples in either set, NaN, or unequal D.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
@@ -221,19 +215,16 @@ def evaluate_fidelity(
     is the floor. The generated set and the floor are cut to the same number of images in each modality, at random.
 
     **Intervals.** Subjects of both sets are resampled by random halves without replacement (the delete-half jackknife of
-    Shao and Wu 1989), whose deviations have the variance of the full sample. With replacement, a repeated subject would be
-    its own nearest neighbour. The interval is the full sample's value plus the quantiles of the deviations from their
-    mean. The two-sample test's network is not trained again: its interval is that of testing on other subjects. For
-    diversity, pairs inside the half are averaged, which makes the interval too wide rather than too narrow.
+    Shao and Wu 1989), whose deviations have the variance of the full sample; with replacement, a repeated subject would be
+    its own nearest neighbour. The two-sample test's network is not trained again: its interval is that of testing on other
+    subjects. For diversity, pairs inside the half are averaged: the interval is too wide rather than too narrow.
 
     Args:
         real, generated: slices of the n modalities. A generated image is usually a subject of its own (no `subjects`).
         modalities: the n names.
-        extractor, neighbour_extractor: of [`~dldm_pipeline.metrics.features.load_extractor`]; the latter, such as VGG16, for
-            [`neighbour_scores`], or None for the same one.
+        extractor, neighbour_extractor: the latter, such as VGG16, for [`neighbour_scores`]; None for the same one.
         second: a second real sample, of other subjects, for the floor.
-        floor: `["floor"]` of an earlier result for the same real images, number of generated ones and settings, to save
-            time; refused if its counts or settings differ.
+        floor: `["floor"]` of an earlier result, to save time; refused if its numbers of images or settings differ.
         num_resamples: half-samples for the 95 % intervals; 0 for none.
         num_pairs: pairs for the diversity; 0 leaves it out. Images under 33 pixels have none.
         epochs: of the two-sample test's network; 0 leaves the test out.
@@ -243,8 +234,7 @@ def evaluate_fidelity(
     Returns:
         dict of plain numbers:
 
-        - `scores`: score → modality, or `mean` for their average → `value`, `low`, `high` (None without interval). Scores
-          are the keys of `SCORES`.
+        - `scores`: key of `SCORES` → modality, or `mean` for their average → `value`, `low`, `high` (None if unknown)
         - `floor`: `scores` of the same form, `source` (what the second real set was), `settings`, `num_images`
         - `diversity_real`: modality or `mean` → mean MS-SSIM of the real images (None without diversity)
         - `num_images`: modality → `real`, `generated`, `floor`; `num_subjects`: the same
@@ -278,18 +268,19 @@ def evaluate_fidelity(
     # Which images of each set take part, per modality. The modalities share one permutation: subjects stay together.
     rng = np.random.default_rng(seed)
     order = {title: rng.permutation(len(slices)) for title, slices in sets.items()}
-    rows: dict[str, dict[str, np.ndarray]] = {title: {} for title in sets}
+    rows: dict[str, dict[str, np.ndarray]] = {}
     for m, name in enumerate(modalities):
         found = {t: order[t][(eligible[t] & s.present[:, m])[order[t]]] for t, s in sets.items()}
         least = min(len(found["generated"]), len(found["floor"]))
+        rows[name] = {t: np.sort(chosen if t == "real" else chosen[:least]) for t, chosen in found.items()}
         for title, chosen in found.items():
-            rows[title][name] = np.sort(chosen if title == "real" else chosen[:least])
-            if len(rows[title][name]) <= NEIGHBOURS:
+            if len(rows[name][title]) <= NEIGHBOURS:
                 needed = f"k={NEIGHBOURS} needs at least {NEIGHBOURS + 1}"
                 raise ValueError(f"{title} has {len(chosen)} images of {name}: {needed}.")
-    counts = {name: {title: len(rows[title][name]) for title in sets} for name in modalities}
+    counts = {name: {title: len(chosen) for title, chosen in each.items()} for name, each in rows.items()}
     options = {"num_resamples": num_resamples, "num_pairs": num_pairs, "epochs": epochs, "seed": seed}
     networks = {"extractor": extractor, "neighbour_extractor": neighbour_extractor or extractor}
+    used = [extractor] if neighbour_extractor is None else [extractor, neighbour_extractor]
     hashes = {name: network.weights_hash for name, network in networks.items()}
     conditions = {
         "source": source,
@@ -300,21 +291,17 @@ def evaluate_fidelity(
         raise ValueError("floor was measured with other settings or numbers of images: leave it out.")
 
     def sample(title: str, m: int, name: str) -> _Sample:
-        chosen, slices = rows[title][name], sets[title]
+        chosen, slices = rows[name][title], sets[title]
         # All images of a set go through the network, so that the cache serves any choice of rows.
         present = np.flatnonzero(slices.present[:, m])
-        where, features = np.searchsorted(present, chosen), []
-        for network in (extractor, neighbour_extractor):
-            if network is not None:
-                found = network(slices.images[present, m], cache, f"{network.name}: {title} {name}")
-                features.append(found[where])
-        return _Sample(slices.images[chosen, m], subjects[title][chosen], features)
+        where, images = np.searchsorted(present, chosen), slices.images[present, m]
+        features = [network(images, cache, f"{network.name}: {title} {name}")[where] for network in used]
+        return _Sample(images[where], subjects[title][chosen], features)
 
     def compare(title: str) -> dict[str, dict]:
         """Score → modality, or `mean` → value and interval."""
-        each = {}
-        for m, name in enumerate(tqdm(modalities, desc=f"score: {title}")):
-            each[name] = _scores(real_samples[name], sample(title, m, name), **options)
+        names = enumerate(tqdm(modalities, desc=f"score: {title}"))
+        each = {name: _scores(real_samples[name], sample(title, m, name), **options) for m, name in names}
         result = {}
         for score in each[modalities[0]]:
             entries = {name: np.array(one[score]) for name, one in each.items()}
@@ -336,7 +323,8 @@ def evaluate_fidelity(
         "diversity_real": real_diversity,
         "num_images": counts,
         "num_subjects": {
-            name: {title: len(np.unique(subjects[title][rows[title][name]])) for title in sets} for name in modalities
+            name: {title: len(np.unique(subjects[title][chosen])) for title, chosen in each.items()}
+            for name, each in rows.items()
         },
         "modalities": list(modalities),
         **{name: network.describe() for name, network in networks.items()},

@@ -63,7 +63,7 @@ def write_report(results: dict, pictures: Mapping[str, Path], folder: str | os.P
     Args:
         results: what `examples/evaluate.py` returns, or its `metrics.json`; what was not measured has no section.
         pictures: `scores`, `systems`, `steps`, `closest_pairs` → PNG file.
-        folder: where to write. Links in the Markdown start there.
+        folder: where to write, and where links in the Markdown start.
 
     Returns:
         The Markdown.
@@ -79,13 +79,8 @@ def write_report(results: dict, pictures: Mapping[str, Path], folder: str | os.P
 
 def _render(format: str, results: dict, pictures: dict[str, str]) -> str:
     """The report's template with the macros of `markdown.jinja` or `html.jinja`."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=format == "html",
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader, options = FileSystemLoader(Path(__file__).parent / "templates"), dict(trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=loader, autoescape=format == "html", undefined=StrictUndefined, **options)
     environment.filters |= {"show": show, "inline": _inline_html if format == "html" else _inline}
     titles = _score_titles(results["fidelity"]["DLDM"]) if "fidelity" in results else {}
     text = environment.get_template("report.jinja").render(
@@ -114,11 +109,9 @@ def show(value: object) -> str:
 
 
 def plot_scores(fidelity: dict[str, dict], path: str | os.PathLike) -> None:
-    """Plots every score in every modality, with its interval: one panel a score, one colour a system.
+    """Plots every score in every modality, with its interval, as PNG: one panel a score, one colour a system.
 
-    Args:
-        fidelity: system → result of [`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`].
-        path: PNG file to write.
+    `fidelity`: system → result of [`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`].
     """
     first = fidelity["DLDM"]
     names, scores, systems = [*first["modalities"], "mean"], list(first["scores"]), _with_floor(fidelity)
@@ -176,15 +169,9 @@ def systems_sheet(
     modalities: Sequence[str],
     path: str | os.PathLike,
 ) -> None:
-    """Saves the paper's figure 2: two real subjects, then two of each system, one column a modality.
+    """Saves the paper's figure 2 as PNG: the first and last real subject, then the first two of each system.
 
-    The real subjects are evenly spaced, the others are the first ones: they are not selected.
-
-    Args:
-        real, real_present: uint8 (N, n, H, W), and bool (N, n), which images are there.
-        generated: system → uint8 (S, n, H, W).
-        modalities: the n names.
-        path: PNG file to write.
+    Images are uint8 (N, n, H, W), and `real_present` is bool (N, n).
     """
     shown = np.linspace(0, len(real) - 1, min(2, len(real))).astype(int)
     first = [[x if there else None for x, there in zip(real[i], real_present[i], strict=True)] for i in shown]
@@ -271,7 +258,7 @@ def _fidelity_tables(fidelity: dict[str, dict]) -> dict[str, Table]:
 
 
 def _alignment_tables(sets: dict[str, dict], segmenter_dice: dict[str, float]) -> dict:
-    """Every measure of [`~dldm_pipeline.metrics.alignment.evaluate_alignment`], whatever their number."""
+    """Every measure of `evaluate_alignment`, whatever their number."""
     real, tables = sets["validation"], {}
     titles = {"validation": "validation subjects", "rebuilt": "rebuilt validation subjects"}
     for key, values in real.items():
@@ -301,11 +288,13 @@ def _alignment_tables(sets: dict[str, dict], segmenter_dice: dict[str, float]) -
 def _memorization_tables(memorization: dict[str, dict]) -> dict[str, Table]:
     """Every system, and held-out subjects, which copy nobody."""
     first = memorization["DLDM"]
-    summary = [["", "samples", "refused, %", "smallest ratio", "authenticity"]]
-    ratios = [["median ratio", *first["channels"]]]
+    summary, ratios = (
+        [["", "samples", "refused, %", "smallest ratio", "authenticity"]],
+        [["median ratio", *first["channels"]]],
+    )
     sets = {name: result["samples"] for name, result in memorization.items()}
     for name, one in (sets | {"reference: held-out subjects": first["held_out"]}).items():
-        smallest = min((value for value in one["ratio_min"].values() if _is_finite(value)), default=None)
+        smallest = min(filter(_is_finite, one["ratio_min"].values()), default=None)
         summary.append([name, one["num"], 100 * one["refused_share"], smallest, one["authenticity_mean"]])
         ratios.append([name, *(one["ratio"][channel] for channel in first["channels"])])
     return {"memorization": summary, "memorization_ratio": ratios}
@@ -340,7 +329,7 @@ def _spectrum_table(spectrum: dict, names: list[str]) -> Table:
 
 
 def _probe_tables(result: dict) -> dict[str, Table]:
-    """Every probe of [`~dldm_pipeline.metrics.disentanglement.evaluate_disentanglement`], whatever their number."""
+    """Every probe of `evaluate_disentanglement`, whatever their number."""
     header = ["code", "features", "accuracy", "chance"]
     modality, subject = [header], [[*header, "AUC"]]
     for key, probe in result.items():

@@ -38,8 +38,7 @@ class PlainLDM(ModelMixin, ConfigMixin):
         layers_per_block: residual blocks on each grid of the denoiser.
         attention_sizes: grids of the denoiser with attention; the coarsest has one more.
         attention_head_dim: channels of one attention head.
-        latents_mean: of each latent channel over the training set.
-        latents_std: of each latent channel over the training set; `None` until `train_plain_ldm.py` measured it.
+        latents_mean, latents_std: of each latent channel over the training set; `None` until it is measured.
 
     Raises:
         ValueError: sizes cannot be halved that often, or widths do not divide.
@@ -133,7 +132,7 @@ class PlainLDM(ModelMixin, ConfigMixin):
             num_subjects: S, one or more.
             generator: CPU generator, or one for each subject. A seed fixes the subjects.
             batch_size: subjects at once; only memory and time depend on it.
-            num_inference_steps: denoising steps of each image.
+            num_inference_steps: denoising steps.
 
         Returns:
             (S, n, H, W) float32 in [0, 1] on the CPU.
@@ -167,14 +166,9 @@ def diffusion_loss(
     labels: torch.Tensor,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the predicted velocity, a scalar.
+    """Mean squared error of the velocity that a `PlainLDM` predicts, a scalar.
 
-    Args:
-        model: `PlainLDM`, or what `accelerate` made of it.
-        scheduler: from [`~dldm_pipeline.denoiser.make_scheduler`].
-        latents: (B, latent_channels, h, w), normalised.
-        labels: (B,), which modality.
-        generator: of times and noise.
+    `latents` (B, latent_channels, h, w) are normalised, `labels` (B,) say which modality, `generator` draws times and noise.
     """
     device = latents.device
     times = stratified_timesteps(len(latents), scheduler.config.num_train_timesteps, device, generator)

@@ -142,7 +142,7 @@ class StyledConv(nn.Module):
 
 
 class StyleGAN2(ModelMixin, ConfigMixin):
-    """The generator, with what is needed to sample subjects. Load and save by `from_pretrained`, `save_pretrained`.
+    """The generator, with what is needed to sample subjects.
 
     Args:
         modalities: names, in the order of the images' channels (joint) or of the labels (conditional).
@@ -154,8 +154,7 @@ class StyleGAN2(ModelMixin, ConfigMixin):
         mask: joint form only: the tumour mask is one more channel.
 
     Raises:
-        ValueError: `sample_size` is no such power of two, `channels` does not have one width for each grid, or the
-            conditional form is to have a mask.
+        ValueError: sizes and widths do not fit together, or the conditional form is to have a mask.
     """
 
     @register_to_config
@@ -173,33 +172,24 @@ class StyleGAN2(ModelMixin, ConfigMixin):
         check_grids(sample_size, channels)
         check_modalities(modalities)
         if conditional and mask:
-            raise ValueError(
-                "mask is True and so is conditional: the modalities of a conditional subject share no anatomy that a "
-                "mask could belong to; set one to False"
-            )
+            raise ValueError("mask is True and so is conditional, whose modalities share no anatomy; set one to False")
         self.image_channels = 1 if conditional else len(modalities) + mask
         self.mapping = MappingNetwork(latent_dim, mapping_layers, len(modalities) if conditional else 0)
         self.const = nn.Parameter(torch.randn(1, channels[0], 4, 4))
-        convs, to_image = [StyledConv(channels[0], channels[0], latent_dim)], []
+        convs = [StyledConv(channels[0], channels[0], latent_dim)]
         for a, b in zip(channels, channels[1:], strict=False):
             convs += [StyledConv(a, b, latent_dim, up=True), StyledConv(b, b, latent_dim)]
-        for width in channels:
-            to_image.append(ModulatedConv2d(width, self.image_channels, 1, latent_dim, demodulate=False))
+        to_image = [ModulatedConv2d(a, self.image_channels, 1, latent_dim, demodulate=False) for a in channels]
         self.convs, self.to_image = nn.ModuleList(convs), nn.ModuleList(to_image)
         self.image_bias = nn.Parameter(torch.zeros(self.image_channels))
 
     def forward(
         self, z: torch.Tensor, labels: torch.Tensor | None = None, noises: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """Draw images.
+        """Images (B, image_channels, H, W), about -1 to 1, of z (B, latent_dim), normal.
 
-        Args:
-            z: (B, latent_dim), normal.
-            labels: (B,) int64, which modality; conditional form only.
-            noises: one (B, 1, h, w) for each convolution, from 4x4 up; by default drawn.
-
-        Returns:
-            (B, image_channels, H, W), about -1 to 1.
+        `labels` (B,) say which modality, in the conditional form only; `noises` are one (B, 1, h, w) for each convolution,
+        from 4x4 up, by default drawn.
         """
         w = self.mapping(z, labels)
         noises = [None] * len(self.convs) if noises is None else noises
@@ -230,7 +220,6 @@ class StyleGAN2(ModelMixin, ConfigMixin):
             num_subjects: S, one or more.
             generator: CPU generator, or one for each subject. A seed fixes the subjects.
             batch_size: subjects at once; only memory and time depend on it.
-            return_masks: also give the masks.
 
         Returns:
             (S, n, H, W) float32 in [0, 1] on the CPU; with `return_masks`, also (S, H, W) of 0 and 1, or `None`.
@@ -322,10 +311,10 @@ class Discriminator(nn.Module):
 
 
 def translate(images: torch.Tensor, largest: float = 0.125) -> torch.Tensor:
-    """Shift each image by up to a share of its size, (B, C, H, W); every channel alike.
+    """Shift each image of (B, C, H, W) by up to a share of its size, every channel alike.
 
-    The border is filled with grey, 0. Black would hide the shift, as slices have black borders, and the generator would
-    then learn to shift its brains as well; so the discriminator sees what the shift was.
+    The border is filled with grey, 0: black would hide the shift, as slices have black borders, and the generator would
+    then learn to shift its brains as well.
     """
     reach, (height, width) = round(largest * images.shape[-1]), images.shape[-2:]
     if not reach:

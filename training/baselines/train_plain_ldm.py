@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     """Train as the command line says. `extractor` gives the features for KID; by default those of the evaluation."""
     args = parse_args(PlainLDMArgs, __doc__, PRESETS, argv)
     accelerator = make_accelerator(args, "dldm-plain-ldm")
-    output_dir, is_main, device = Path(args.output_dir), accelerator.is_main_process, accelerator.device
+    is_main, device = accelerator.is_main_process, accelerator.device
     data = find_dataset(accelerator, args, args.resolution, args.modalities)
     train_set = open_split(data, "train", args.resolution, args.modalities)
     validation_set = open_split(data, "validation", args.resolution, args.modalities)
@@ -160,13 +160,13 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
         for split in (train_set, validation_set)
     )
     selection = Selection(args, held_out, train_set.modalities, extractor) if is_main else None
-    parameters = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.autoencoder, model.unet)]
+    parameters = [part.num_parameters() for part in (model.autoencoder, model.unet)]
     accelerator.print(
         f"{len(train_set)} training and {len(validation_set)} validation slices of {', '.join(train_set.modalities)}; "
-        f"autoencoder {parameters[0]:.2f} M, denoiser {parameters[1]:.2f} M parameters"
+        f"autoencoder {parameters[0] / 1e6:.2f} M, denoiser {parameters[1] / 1e6:.2f} M parameters"
     )
 
-    first_stage = output_dir / "first_stage"
+    first_stage = Path(args.output_dir) / "first_stage"
     model.to(device, memory_format=torch.channels_last)
     if args.resume_from_checkpoint and (first_stage / "config.json").is_file():
         done = PlainLDM.from_pretrained(first_stage)
@@ -204,8 +204,8 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
             "A class-conditional latent diffusion model (Rombach et al. 2022) that generates "
             f"{', '.join(train_set.modalities)} one by one at {args.resolution}x{args.resolution}, without a mask.",
             {
-                "autoencoder parameters": round(parameters[0] * 1e6),
-                "denoiser parameters": round(parameters[1] * 1e6),
+                "autoencoder parameters": parameters[0],
+                "denoiser parameters": parameters[1],
                 "PSNR of held-out images (dB)": rebuilding_psnr(model, held_out),
             },
             len(train_set),

@@ -79,10 +79,11 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     if is_main:
         real = read_slices(validation_set, num_workers=workers, device=device)
         selection = Selection(args, real, train_set.modalities, extractor)
-    parameters = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (generator, discriminator)]
+    parameters = [sum(p.numel() for p in model.parameters()) for model in (generator, discriminator)]
     accelerator.print(
         f"{len(slices)} of {len(train_set)} training and {len(validation_set)} validation slices of "
-        f"{', '.join(train_set.modalities)}; generator {parameters[0]:.2f} M, discriminator {parameters[1]:.2f} M parameters"
+        f"{', '.join(train_set.modalities)}; generator {parameters[0] / 1e6:.2f} M, "
+        f"discriminator {parameters[1] / 1e6:.2f} M parameters"
     )
     for model in (generator, discriminator):
         model.to(device, memory_format=torch.channels_last)
@@ -119,7 +120,6 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
         accelerator, args, generator, [generate, judge], optimizers, step, validate_generator, lr_scheduler="constant"
     )
     if is_main:
-        names = ("generator", "discriminator")
         form = "class-conditional, one modality an image" if args.conditional else "all modalities as joint channels"
         finish(
             generator,
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
             "StyleGAN2 of brain MRI",
             f"A StyleGAN2 generator (Karras et al. 2020), {form}, of {', '.join(train_set.modalities)} at "
             f"{args.resolution}x{args.resolution}" + ("." if args.conditional else " with the tumour mask."),
-            {f"{name} parameters": round(n * 1e6) for name, n in zip(names, parameters, strict=True)},
+            {"generator parameters": parameters[0], "discriminator parameters": parameters[1]},
             len(slices),
         )
     accelerator.end_training()

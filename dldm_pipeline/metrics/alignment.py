@@ -63,18 +63,11 @@ def edge_correlation(first: np.ndarray, second: np.ndarray, region: np.ndarray) 
 
 
 def normalized_mutual_information(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> float:
-    """`(H(A) + H(B)) / H(A, B)` of the intensities of two images over a region, from their joint histogram.
+    """`(H(A) + H(B)) / H(A, B)` of two images (H, W) in [0, 1] over a region, from their joint histogram of 16×16 bins.
 
     Source: Studholme, Hill and Hawkes, Pattern Recognition 32 (1999) 71. 1 is independent, 2 the same up to a one-to-one
-    curve. A histogram of few pixels scores above 1 by chance, the more so the more bins it has, and noise lowers the
-    value: read it beside that of shuffled subjects, and compare images of one size and noise.
-
-    Args:
-        first, second: (H, W) in [0, 1]; 16 bins of equal width are made of it.
-        region: bool (H, W).
-
-    Returns:
-        Value in [1, 2]; NaN if the region is empty or both images are constant there.
+    curve; NaN if the region is empty or both images are constant there. A histogram of few pixels scores above 1 by chance,
+    and noise lowers the value: read it beside that of shuffled subjects, and compare images of one size and noise.
     """
     joint = np.histogram2d(first[region], second[region], bins=16, range=((0, 1), (0, 1)))[0]
     together = entropy(joint.ravel()) if joint.any() else 0.0
@@ -98,17 +91,14 @@ def vessel_contrast(
     """Brightness of the likely vessels in the white-blood and in the black-blood image; all are (H, W).
 
     Likely vessels are the hundredth of the brain, away from the tumour (mask dilated by 2 pixels of a 128-pixel image), in
-    which white blood minus black blood is highest.
-
-    Returns:
-        (mean white blood over them / its brain mean, mean black blood over them / its brain mean): above 1 is brighter
-        than the brain (without the tumour), below 1 darker. NaN if there is no brain.
+    which white blood minus black blood is highest. Both means over them are divided by those of the brain (without the
+    tumour): above 1 is brighter, below 1 darker. NaN if there is no brain.
     """
     near = ndimage.binary_dilation(mask, iterations=max(1, round(_pixels(2, mask.shape)))) if mask.any() else mask
     rest = brain & ~near
-    if not rest.any() or white_blood[rest].mean() == 0 or black_blood[rest].mean() == 0:
-        return float("nan"), float("nan")
     white, black = white_blood[rest], black_blood[rest]
+    if not white.any() or not black.any():
+        return float("nan"), float("nan")
     vessels = white - black >= np.quantile(white - black, 0.99)
     return float(white[vessels].mean() / white.mean()), float(black[vessels].mean() / black.mean())
 
@@ -130,12 +120,10 @@ def evaluate_alignment(
     head is left out, because it is alike in all subjects. Two shuffled subjects are compared where both have brain.
 
     Args:
-        images: (N, n, H, W) in [0, 1].
-        masks: (N, H, W), non-zero is tumour.
+        images, masks: (N, n, H, W) in [0, 1], and (N, H, W), non-zero is tumour.
         modalities: the n names.
         subjects: N subject names; None if every slice is a subject of its own, as generated ones are.
-        present: bool (N, n); None for all.
-        has_mask: bool (N,); None for all.
+        present, has_mask: bool (N, n) and (N,); None for all.
         reference: what this function returned for real subjects; adds the comparison with them.
         seed: of the shuffling.
         segmenters: name → segmenter of that modality, not trained on these subjects; adds the mask agreement.
@@ -183,9 +171,8 @@ def evaluate_alignment(
 
     columns = {"edge_correlation": list(pairs), "mutual_information": list(pairs), "mask_agreement": list(segmented)}
     columns |= {"enhancement": list(enhanced), "vessels": ["WB", "BB"] if blood else []}
-    values = {
-        key + kind: np.full((count, len(names)), np.nan) for key, names in columns.items() for kind in ("", "_shuffled")
-    }
+    keys = [(key, key + kind) for key in columns for kind in ("", "_shuffled")]
+    values = {one: np.full((count, len(columns[key])), np.nan) for key, one in keys}
     for i, partner in enumerate(tqdm(partners, desc="align")):
         # An image of slice i with another image, or the mask, of slice j: first of its own subject, then of another one.
         for kind, j in (("", i), ("_shuffled", partner)):
@@ -215,11 +202,10 @@ def evaluate_alignment(
         "num_subjects": len(set(subjects)),
         "num_empty_masks": int(np.sum(has_mask & ~masks.any(axis=(1, 2)))),
     }
-    for key, names in columns.items():
-        for one in (key, key + "_shuffled"):
-            means = mean_over_subjects(values[one], subjects).tolist()
-            unknown = key in ("mask_agreement", "vessels") and not names
-            result[one] = None if unknown else dict(zip(names, means, strict=True))
+    for key, one in keys:
+        means = mean_over_subjects(values[one], subjects).tolist()
+        unknown = key in ("mask_agreement", "vessels") and not columns[key]
+        result[one] = None if unknown else dict(zip(columns[key], means, strict=True))
     own, shuffled = values["edge_correlation"], values["edge_correlation_shuffled"]
     result["edge_correlation_shuffled_p95"] = {
         name: float(np.nanpercentile(shuffled[:, p], 95)) if np.isfinite(shuffled[:, p]).any() else float("nan")

@@ -62,7 +62,7 @@ def pipeline_system(pipeline, folder: str | os.PathLike, **options) -> System:
         return output.images, output.masks, output.structure.cpu().numpy()
 
     parts = pipeline.unet, pipeline.autoencoder
-    parameters = sum(value.numel() for part in parts for value in part.parameters())
+    parameters = sum(part.num_parameters() for part in parts)
     sources = sorted(Path(inspect.getfile(type(pipeline))).parent.glob("pipeline_*.py"))
     key = digest(fingerprint(*parts, pipeline.scheduler), [hash_source(path) for path in sources], options)
     return System("DLDM", str(folder), parameters, generate, key)
@@ -72,8 +72,8 @@ def sample(system: System, count: int, seed: int, cache: Cache) -> dict[str, np.
     """Subjects from the seeds `seed`, `seed` + 1, ..., generated block by block; blocks in the cache are read.
 
     Returns:
-        `images` uint8 (S, n, H, W); `seconds` (blocks,), what each block took; `masks` (S, H, W) bool and `structure`
-        (S, c_s, h, w) where the system has them.
+        `images` uint8 (S, n, H, W); `seconds` of each block; `masks` (S, H, W) bool and `structure` (S, c_s, h, w) where
+        the system has them.
 
     Raises:
         ValueError: if the images hold NaN, or one modality is black throughout.
@@ -123,7 +123,7 @@ def find_segmenters(
         subjects = [item["subject"] for item in known]
         if not steps or len(set(subjects)) < 2 or not any(item["mask"].any() for item in known):
             continue
-        images, masks = (np.stack(part) for part in zip(*((i["images"][m], i["mask"]) for i in known), strict=True))
+        images, masks = np.stack([item["images"][m] for item in known]), np.stack([item["mask"] for item in known])
         path = cache.folder / f"segmenter-{digest(cache.code, images, masks, subjects, steps, seed)}.safetensors"
         state = read_arrays(path)
         if state is None:
@@ -149,7 +149,7 @@ def measure_autoencoder(
 
     Returns:
         dict with `reconstruction`, `disentanglement` (`left_out`: the reason, where subjects are too few) and `alignment`
-        (`validation` and `rebuilt`), each as the function of that name returns it.
+        (`validation` and `rebuilt`).
     """
 
     def compute() -> dict:

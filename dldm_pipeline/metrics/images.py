@@ -28,10 +28,8 @@ def to_uint8(images: np.ndarray | torch.Tensor, name: str = "images") -> np.ndar
     if not np.issubdtype(images.dtype, np.floating):
         raise TypeError(f"{name} are {images.dtype}: give floats in [0, 1], or uint8 from 0 to 255.")
     if not ((images >= 0) & (images <= 1)).all():  # NaN fails both
-        raise ValueError(
-            f"{name} span {images.min():g} to {images.max():g}: floats must be in [0, 1]. Scale them by one window per "
-            "volume, or clip what a decoder put slightly outside."
-        )
+        span = f"{name} span {images.min():g} to {images.max():g}: floats must be in [0, 1]."
+        raise ValueError(f"{span} Scale them by one window per volume, or clip what a decoder put slightly outside.")
     return np.rint(images * 255.0).astype(np.uint8)
 
 
@@ -43,20 +41,14 @@ def check_images(images: np.ndarray, name: str = "images") -> None:
         ValueError: if the shape is not (N, H, W), N is 0, or no intensity exceeds 1.
     """
     if images.dtype != np.uint8:
-        raise TypeError(
-            f"{name} are {images.dtype}: give uint8 images in 0-255; images in [0, 1] make every distance thousands of "
-            "times too small. Convert them by to_uint8(images)."
-        )
+        fix = "distances of images in [0, 1] are thousands of times too small: convert them by to_uint8(images)"
+        raise TypeError(f"{name} are {images.dtype}: give uint8 images in 0-255; {fix}.")
     if len(images.shape) != 3 or images.shape[0] == 0:
-        raise ValueError(
-            f"{name} have shape {tuple(images.shape)}: give at least one grey image, (N, H, W), one modality at a time, "
-            "images[:, m], and no colour channels."
-        )
+        fix = "give at least one grey image, (N, H, W), one modality at a time, images[:, m]"
+        raise ValueError(f"{name} have shape {tuple(images.shape)}: {fix}.")
     if max(int(np.max(images[start : start + 256])) for start in range(0, len(images), 256)) <= 1:
-        raise ValueError(
-            f"{name} hold nothing above 1 of 255: [0, 1] images cast to uint8 without scaling. "
-            "Convert the original floats by to_uint8(images)."
-        )
+        fix = "[0, 1] images cast to uint8 without scaling. Convert the original floats by to_uint8(images)"
+        raise ValueError(f"{name} hold nothing above 1 of 255: {fix}.")
 
 
 def as_flags(flags: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

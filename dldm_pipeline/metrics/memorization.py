@@ -28,6 +28,7 @@ from .images import Slices, to_uint8
 from .reconstruction import mean_of_known
 
 CLOSEST_PAIRS = 8  # listed in a report
+Array = np.ndarray | torch.Tensor
 
 
 @dataclass
@@ -159,10 +160,7 @@ class MemorizationFilter:
         return CopyCheck(*found, subjects, ratio, self._channel_scores(ratio), self.threshold)
 
     def check(
-        self,
-        images: np.ndarray | torch.Tensor | None,
-        structure: torch.Tensor | np.ndarray | None = None,
-        modalities: Sequence[str] | None = None,
+        self, images: Array | None, structure: Array | None = None, modalities: Sequence[str] | None = None
     ) -> CopyCheck:
         """Compares subjects that no pipeline's output holds, such as those of another generator.
 
@@ -233,7 +231,7 @@ def _distance(matches: Matches) -> np.ndarray:
 
 
 def keep_subjects(output: DLDMPipelineOutput, keep: np.ndarray) -> DLDMPipelineOutput:
-    """A pipeline's output with some of its S subjects only; `keep` is bool (S,), as in [`CopyCheck`]."""
+    """A pipeline's output with those of its S subjects that bool (S,) `keep` tells, see [`CopyCheck`]."""
     keep = np.asarray(keep, dtype=bool)
     if keep.shape != (len(output.structure),):
         raise ValueError(f"keep has shape {keep.shape}; it must be ({len(output.structure)},), one for each subject.")
@@ -249,9 +247,7 @@ def keep_subjects(output: DLDMPipelineOutput, keep: np.ndarray) -> DLDMPipelineO
 
 
 def evaluate_memorization(
-    memorization_filter: MemorizationFilter,
-    images: np.ndarray,
-    structure: torch.Tensor | np.ndarray | None = None,
+    memorization_filter: MemorizationFilter, images: np.ndarray, structure: Array | None = None
 ) -> dict:
     """Measures how far a set of samples copies the training set, beside held-out subjects as the reference row.
 
@@ -262,17 +258,16 @@ def evaluate_memorization(
     Returns:
         dict of plain numbers; "channel" is a modality or "z_struct":
 
-        - `num_samples`, `num_train_slices`, `num_train_subjects`, `num_calibrating`, `channels`
-        - `threshold`, `false_alarm_rate` (tolerated), `false_alarm_rate_promised` (with 95 % confidence: higher than the
-          tolerated one where calibrating slices are few)
+        - `num_samples`, `num_train_slices`, `num_train_subjects`, `num_calibrating`, `channels`, `threshold`
+        - `false_alarm_rate` (tolerated), `false_alarm_rate_promised` (with 95 % confidence: higher where calibrating slices
+          are few)
         - `refused`, `refused_share`: samples whose score exceeds the threshold; `refused_by` (channel → samples that this
           channel alone would refuse)
         - `samples`, `held_out` (the half that did not set the threshold), each: `num`, `refused_share`, `similarity`,
           `similarity_max`, `ratio` (channel → mean, largest, and median over subjects), `ratio_min`, `authenticity`
           (channel → fraction), `authenticity_mean`
-        - `closest`: the samples of highest score with the training slices they resemble: `sample`, `channel`,
-          `train_subject`, `train_slice`, `similarity`, `ratio`, `score`, `flip` ([up-down, left-right]), `shift`
-          ([down, right])
+        - `closest`: the samples of highest score: `sample`, `channel`, `train_subject`, `train_slice`, `similarity`,
+          `ratio`, `score`, `flip` ([up-down, left-right]), `shift` ([down, right])
     """
     check = memorization_filter.check(images, structure)
     channels, rate = memorization_filter.channels, memorization_filter.false_alarm_rate
@@ -334,10 +329,8 @@ def closest_pairs_sheet(
 
     Args:
         closest: `closest` of [`evaluate_memorization`]'s result; without any pair a ValueError is raised.
-        images: (S, M, H, W), uint8, or float in [0, 1]: the samples.
-        train_images: (N, M, H, W), uint8: the training slices.
-        modalities: the M names.
-        path: PNG file to write.
+        images, train_images: the samples (S, M, H, W), uint8, or float in [0, 1], and the training slices (N, M, H, W).
+        modalities, path: the M names, and the file to write.
     """
     if not closest:
         raise ValueError("closest is empty: no sample could be compared, and there is no pair to show.")

@@ -28,14 +28,7 @@ Images = TypeVar("Images", np.ndarray, torch.Tensor)
 def psnr(real: Images, rebuilt: Images) -> Images:
     """Peak signal-to-noise ratio in dB, `10 log10(1 / mean((real - rebuilt)²))` over the whole image, background included.
 
-    Args:
-        real, rebuilt: arrays or tensors of one shape (..., H, W), intensities in [0, 1].
-
-    Returns:
-        (...,): one value per image; infinity for identical ones.
-
-    Raises:
-        ValueError: if the shapes differ.
+    Of arrays or tensors (..., H, W) in [0, 1]: (...,), infinity for identical images. A ValueError where shapes differ.
     """
     if real.shape != rebuilt.shape:
         raise ValueError(f"real has shape {real.shape} and rebuilt {rebuilt.shape}: PSNR needs equal shapes.")
@@ -48,14 +41,7 @@ def psnr(real: Images, rebuilt: Images) -> Images:
 def dice(real: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Dice overlap `2 |A∩B| / (|A| + |B|)` in [0, 1] of binary masks; 1 where both are empty.
 
-    Args:
-        real, predicted: arrays of one shape (..., H, W); non-zero means tumour.
-
-    Returns:
-        (...,): one value per mask.
-
-    Raises:
-        ValueError: if the shapes differ.
+    Of arrays (..., H, W), in which non-zero means tumour: (...,). A ValueError where shapes differ.
     """
     real, predicted = np.asarray(real, dtype=bool), np.asarray(predicted, dtype=bool)
     if real.shape != predicted.shape:
@@ -172,8 +158,7 @@ def encode_subjects(
 
     Args:
         autoencoder: a `DisentangledAutoencoder` in evaluation mode, on the device to use.
-        dataset: a `SliceDataset`, or a list of its items.
-        max_items: see [`~dldm_pipeline.metrics.images.evenly_spaced`].
+        dataset, max_items: a `SliceDataset`, or a list of its items; see [`~dldm_pipeline.metrics.images.evenly_spaced`].
         batch_size: slices per encoder call.
 
     Raises:
@@ -235,8 +220,7 @@ def evaluate_reconstruction(
     from the full set of modalities, so that "structure from one alone" changes the structure only.
 
     Args:
-        autoencoder: the model that made `encoded`, see [`encode_subjects`].
-        encoded: the slices.
+        autoencoder, encoded: the model, and what [`encode_subjects`] made of it.
         batch_size: slices per decoder call.
         seed: of the exchange of styles.
 

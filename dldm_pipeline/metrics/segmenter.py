@@ -13,17 +13,17 @@ from dldm_pipeline.optimization import MuonAdamW
 from .reconstruction import dice, mean_over_subjects
 
 
-def make_segmenter(channels: int = 40) -> torch.nn.Sequential:
+def make_segmenter() -> torch.nn.Sequential:
     """An untrained segmenter: images (B, 1, H, W) to mask logits (B, 1, H, W), H and W divisible by 4.
 
     Patches of 4×4 pixels become channels; dilated convolutions then see 23×23 of them around each. 0.16 GFLOP for an
     image of 128×128, a multiplication and an addition counted as two.
     """
     layers: list[torch.nn.Module] = [torch.nn.PixelUnshuffle(4)]
-    for width, dilation in zip((16, *[channels] * 5), (1, 1, 2, 4, 2, 1), strict=True):
-        layers += [torch.nn.Conv2d(width, channels, 3, padding=dilation, dilation=dilation, bias=False)]
-        layers += [torch.nn.BatchNorm2d(channels), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers, torch.nn.Conv2d(channels, 16, 1), torch.nn.PixelShuffle(4))
+    for width, dilation in zip((16, 40, 40, 40, 40, 40), (1, 1, 2, 4, 2, 1), strict=True):
+        layers += [torch.nn.Conv2d(width, 40, 3, padding=dilation, dilation=dilation, bias=False)]
+        layers += [torch.nn.BatchNorm2d(40), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Conv2d(40, 16, 1), torch.nn.PixelShuffle(4))
 
 
 def train_segmenter(
@@ -42,8 +42,7 @@ def train_segmenter(
     was. Train it on other subjects than those it will judge.
 
     Args:
-        images: (N, H, W) in [0, 1], all of one modality; H and W divisible by 4.
-        masks: (N, H, W), non-zero is tumour.
+        images, masks: (N, H, W) in [0, 1], all of one modality, H and W divisible by 4; (N, H, W), non-zero is tumour.
         subjects: N subject names; None if every image is a subject of its own.
         steps, batch_size: optimizer steps, and images in each.
         held_out: fraction of the subjects that is not trained on.

@@ -56,12 +56,9 @@ def read_slices(
 
     Args:
         dataset: the split.
-        joint: read masks too, and leave out slices that lack a modality or the mask.
+        joint: read masks too, and leave out slices that lack a modality or the mask; a ValueError if none is left.
         num_workers: processes that decode.
         device: where to keep it.
-
-    Raises:
-        ValueError: no slice is left.
     """
     images, present, masks = [], [], []
     for batch in tqdm(DataLoader(dataset, 64, num_workers=num_workers), desc="reading slices", unit="batch"):
@@ -80,19 +77,25 @@ def read_slices(
     return slices
 
 
+def random_images(slices: Slices, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real images (B, 1, H, W) in [0, 1] of modalities that are there, half of them mirrored, and their labels (B,)."""
+    rows = torch.randint(len(slices), (size,), device=slices.images.device)
+    labels = torch.multinomial(slices.present[rows].float(), 1)[:, 0]
+    return mirror_half(slices.images[rows, labels][:, None].float()), labels
+
+
+def mirror_half(images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W), half of them mirrored at random."""
+    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
+
+
 def subject_generators(
     num_subjects: int, generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int = 1
 ) -> list[torch.Generator]:
     """One generator a subject, so that a subject does not depend on its batch.
 
-    Args:
-        num_subjects: one or more.
-        generator: one, from which the subjects' seeds are drawn; or one a subject, used as they are; or `None` for
-            seeds that nobody chose.
-        batch_size: only checked.
-
-    Raises:
-        ValueError: a number below 1, or another number of generators.
+    `generator` is one, from which the subjects' seeds are drawn; or one a subject, used as they are; or `None` for seeds
+    that nobody chose. A ValueError on a number below 1, or another number of generators.
     """
     for name, value in (("num_subjects", num_subjects), ("batch_size", batch_size)):
         if value < 1:
@@ -162,11 +165,7 @@ class Selection:
         return {"KID": float(np.mean(values)), **{f"KID {k}": v for k, v in zip(self.modalities, values, strict=True)}}
 
     def offer(self, model: torch.nn.Module, clock: TrainingClock) -> dict[str, float]:
-        """Measure a model, always on the same seeds, and write it to the folder if it is the best so far.
-
-        Returns:
-            The figures; empty when nothing is measured.
-        """
+        """Figures of a model, always on the same seeds, which is written if it is the best so far; empty if not measured."""
         if not self.num_subjects:
             return {}
         if self.entries and self.entries[-1]["step"] == clock.step:
@@ -214,11 +213,7 @@ def finish(
 ) -> None:
     """Offer the last model, with averaged weights, then write card and sheet of the one that was kept.
 
-    Args:
-        real: shown beneath the generated subjects.
-        title, description: of the card, the latter in Markdown.
-        training: more figures of the run.
-        num_slices: trained on.
+    `real` is shown beneath the generated subjects; the card has title, description (Markdown) and figures of the training.
     """
     output_dir = Path(args.output_dir)
     selection.offer(model, clock)

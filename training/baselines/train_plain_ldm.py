@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import tqdm
-from baseline_utils import Extractor, Selection, Slices, finish, read_slices, validate
+from baseline_utils import Extractor, Selection, Slices, finish, random_images, read_slices, validate
 from plain_ldm import PlainLDM, diffusion_loss
 
 from dldm_pipeline.cli import exit_on_user_error
@@ -40,14 +40,6 @@ def build_model(args: PlainLDMArgs, modalities: tuple[str, ...]) -> PlainLDM:
     names = ("patch_size", "autoencoder_channels", "autoencoder_layers", "latent_channels")
     names += ("block_out_channels", "layers_per_block", "attention_sizes", "attention_head_dim")
     return PlainLDM(modalities, args.resolution, **{name: getattr(args, name) for name in names})
-
-
-def random_images(slices: Slices, size: int) -> torch.Tensor:
-    """Real images (B, 1, H, W) in [0, 1] of modalities that are there, half of them mirrored."""
-    rows = torch.randint(len(slices), (size,), device=slices.images.device)
-    modality = torch.multinomial(slices.present[rows].float(), 1)[:, 0]
-    images = slices.images[rows, modality][:, None].float()
-    return torch.where(torch.rand(size, 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
 
 
 class AutoencoderLoss(torch.nn.Module):
@@ -86,7 +78,7 @@ def train_autoencoder(
     objective, optimizer = accelerator.prepare(AutoencoderLoss(model), optimizer)
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        loss = objective(random_images(slices, args.autoencoder_batch_size))
+        loss = objective(random_images(slices, args.autoencoder_batch_size)[0])
         update(accelerator, loss, model.autoencoder.parameters(), optimizer)
         return {"loss": loss}
 

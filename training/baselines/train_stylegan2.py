@@ -13,7 +13,7 @@ share one anatomy by construction. OUT then holds the generator of the step with
 from pathlib import Path
 
 import torch
-from baseline_utils import Extractor, Selection, Slices, finish, read_slices, validate
+from baseline_utils import Extractor, Selection, Slices, finish, mirror_half, random_images, read_slices, validate
 from stylegan2 import Discriminator, StyleGAN2, translate
 
 from dldm_pipeline.cli import exit_on_user_error
@@ -46,17 +46,12 @@ def random_batch(slices: Slices, size: int, conditional: bool) -> tuple[torch.Te
         (B, C, H, W) float32 in [-1, 1]: all modalities and the mask; or, conditional, the one modality of the label. And
         labels (B,) or `None`.
     """
-    device = slices.images.device
-    rows = torch.randint(len(slices), (size,), device=device)
-    images, present, labels, masks = slices.images[rows], slices.present[rows], None, None
     if conditional:
-        labels = torch.multinomial(present.float(), 1)[:, 0]
-        images, present = slices.images[rows, labels][:, None], torch.ones_like(present[:, :1])
-    else:
-        masks = slices.masks[rows].float()
-    images = to_channels(images.float(), present, masks)
-    mirrored = torch.rand(size, 1, 1, 1, device=device) < 0.5
-    return torch.where(mirrored, images.flip(-1), images), labels
+        images, labels = random_images(slices, size)
+        return to_channels(images, torch.ones(size, 1, dtype=torch.bool, device=images.device), None), labels
+    rows = torch.randint(len(slices), (size,), device=slices.images.device)
+    images = to_channels(slices.images[rows].float(), slices.present[rows], slices.masks[rows].float())
+    return mirror_half(images), None
 
 
 def make_adam(model: torch.nn.Module, args: StyleGAN2Args, interval: int = 0) -> torch.optim.Adam:

@@ -22,9 +22,8 @@ two modalities' structures of one subject over that of two subjects (best 0). Ju
 """
 
 import argparse
-import importlib.util
+import sys
 from pathlib import Path
-from types import ModuleType
 
 from dldm_pipeline import DEFAULT_MODALITIES, DisentangledAutoencoder
 from dldm_pipeline.cli import exit_on_user_error
@@ -36,39 +35,23 @@ from dldm_pipeline.metrics.reconstruction import encode_subjects, evaluate_recon
 from dldm_pipeline.training_args import AutoencoderArgs, parse_args
 from dldm_pipeline.training_utils import make_output_dir
 
-TRAINING = Path(__file__).parents[1] / "training" / "train_autoencoder.py"
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+import train_autoencoder  # noqa: E402
+
 STRATEGIES = {
     "nothing": [],
     "mixing": ["--mix_probability=0"],
     "selection": ["--target_modalities=99"],  # as many as there are
     "subsets": ["--subset_probability=0"],
 }
-COLUMNS = (
-    "PSNR",
-    "worst modality",
-    "styles exchanged",
-    "one modality alone",
-    "modality from style",
-    "from structure",
-    "subject from structure",
-    "from style",
-    "agreement",
-)
-
-
-def load_training() -> ModuleType:
-    """The training script as a module; its folder is no package."""
-    spec = importlib.util.spec_from_file_location("train_autoencoder", TRAINING)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+COLUMNS = ("PSNR", "worst modality", "styles exchanged", "one modality alone", "modality from style", "from structure")
+COLUMNS += ("subject from structure", "from style", "agreement")
 
 
 def held_out_subjects(args: AutoencoderArgs) -> tuple[str, SliceDataset]:
     """The data set of the training arguments, simulated first if need be, and its validation split.
 
-    Raises:
-        ValueError: it has too few subjects to probe; better now than after the trainings.
+    A ValueError, if it has too few subjects to probe; better now than after the trainings.
     """
     modalities = args.modalities or DEFAULT_MODALITIES
     data = args.dataset or phantom_dataset(args.phantom_subjects, args.resolution, modalities, root=args.cache_dir)
@@ -84,28 +67,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--off", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="(default: all, in turn)"
-    )
+    names = list(STRATEGIES)
+    parser.add_argument("--off", nargs="+", choices=names, default=names, help="(default: all, in turn)")
     parser.add_argument("--max_train_minutes", type=float, default=30, help="of each training (default: %(default)s)")
     parser.add_argument("--max_validation", type=int, default=400, help="slices to measure at most (%(default)s)")
     parser.add_argument("--output_dir", default="outputs/ablation", help="a folder each goes here (%(default)s)")
     args, others = parser.parse_known_args(argv)
 
-    training = load_training()
     words = [
         f"--max_train_minutes={args.max_train_minutes}",
         "--validation_steps=0",
         "--checkpointing_steps=0",
         *others,
     ]
-    training_args = parse_args(AutoencoderArgs, __doc__, training.PRESETS, words)
+    training_args = parse_args(AutoencoderArgs, __doc__, train_autoencoder.PRESETS, words)
     output_dir = make_output_dir(args.output_dir)
     data, validation = held_out_subjects(training_args)
     table = [f"| off | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for strategy in args.off:
         folder = output_dir / strategy
-        training.main([*words, *STRATEGIES[strategy], f"--dataset={data}", f"--output_dir={folder}"])
+        train_autoencoder.main([*words, *STRATEGIES[strategy], f"--dataset={data}", f"--output_dir={folder}"])
         autoencoder = DisentangledAutoencoder.from_pretrained(folder).eval()
         encoded = encode_subjects(autoencoder, validation, args.max_validation)
         rebuilt, probes = evaluate_reconstruction(autoencoder, encoded), evaluate_disentanglement(encoded)

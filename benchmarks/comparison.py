@@ -25,28 +25,23 @@ from dldm_pipeline.data.phantom import phantom_dataset
 from dldm_pipeline.training_utils import make_output_dir
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of DLDM's minutes; other fractions were not compared.
-FRACTIONS = {"autoencoder": 0.35, "ldm": 0.45, "dldm": 0.2}
 
 
 def trainings(folder: Path, minutes: float) -> dict[str, dict[str, list[str]]]:
     """Of each system, the output folders and the commands that fill them, in order."""
-    scripts = ROOT / "training"
-    times = {name: f"--max_train_minutes={fraction * minutes:g}" for name, fraction in FRACTIONS.items()}
-    autoencoder, ldm = f"--autoencoder={folder / 'autoencoder'}", f"--pipeline={folder / 'ldm'}"
-    cache = f"--cache_dir={folder / 'cache'}"
+
+    def command(script: str, share: float = 1.0, *words: str) -> list[str]:
+        return [str(ROOT / "training" / script), *words, f"--max_train_minutes={share * minutes:g}"]
+
+    latents = [f"--autoencoder={folder / 'autoencoder'}", f"--cache_dir={folder / 'cache'}"]
     return {
-        "DLDM": {
-            "autoencoder": [f"{scripts / 'train_autoencoder.py'}", "--config=autoencoder_64", times["autoencoder"]],
-            "ldm": [f"{scripts / 'train_ldm.py'}", "--config=ldm_64", autoencoder, cache, times["ldm"]],
-            "dldm": [f"{scripts / 'train_decoder.py'}", "--config=decoder_64", ldm, times["dldm"]],
+        "DLDM": {  # other shares were not compared
+            "autoencoder": command("train_autoencoder.py", 0.35, "--config=autoencoder_64"),
+            "ldm": command("train_ldm.py", 0.45, "--config=ldm_64", *latents),
+            "dldm": command("train_decoder.py", 0.2, "--config=decoder_64", f"--pipeline={folder / 'ldm'}"),
         },
-        "StyleGAN2": {
-            "stylegan2": [f"{scripts / 'baselines' / 'train_stylegan2.py'}", f"--max_train_minutes={minutes:g}"]
-        },
-        "plain LDM": {
-            "plain_ldm": [f"{scripts / 'baselines' / 'train_plain_ldm.py'}", f"--max_train_minutes={minutes:g}"]
-        },
+        "StyleGAN2": {"stylegan2": command("baselines/train_stylegan2.py")},
+        "plain LDM": {"plain_ldm": command("baselines/train_plain_ldm.py")},
     }
 
 
@@ -56,16 +51,12 @@ def is_done(output: Path) -> bool:
 
 
 def train(command: list[str], num_threads: int | None, data: Path, output: Path, log: Path) -> None:
-    """Run one training to its end, if it is not there, and note its minutes by the clock and by the processor.
-
-    Raises:
-        RuntimeError: it failed; its own message stands above.
-    """
+    """Run one training to its end, if it is not there, and note its minutes by the clock and by the processor."""
     if is_done(output):
         print(f"{output}: done before")
         return
     words = [*command, f"--dataset={data}", f"--output_dir={output}", "--resume_from_checkpoint=latest"]
-    words += [] if num_threads is None else [f"--num_threads={num_threads}"]
+    words += [f"--num_threads={num_threads}"] if num_threads else []
     print(f"{output}: {' '.join(words)}", flush=True)
     started, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *words]).returncode:
@@ -73,10 +64,8 @@ def train(command: list[str], num_threads: int | None, data: Path, output: Path,
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime
     minutes = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else {}
-    minutes[output.name] = {
-        "clock": round((time.monotonic() - started) / 60, 1),
-        "processor": round(processor / 60, 1),
-    }
+    seconds = {"clock": time.monotonic() - started, "processor": processor}
+    minutes[output.name] = {name: round(value / 60, 1) for name, value in seconds.items()}
     write_text(log, json.dumps(minutes, indent=2) + "\n")
 
 

@@ -73,28 +73,25 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     sets = {"other simulated subjects": images.numpy()}
-    for title, given, noise_scale in (
-        ("the same, rebuilt", latents, 1.0),
-        ("the same, rebuilt, without noise", latents, 0.0),
-        ("generated", {}, 1.0),
+    without_noise = latents | {"noise_scale": 0.0}
+    for title, options in (
+        ("the same, rebuilt", latents),
+        ("the same, rebuilt, without noise", without_noise),
+        ("generated", {}),
     ):
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
-        options = {"noise_scale": noise_scale, "generator": generators, "output_type": "np"}
-        sets[title] = pipeline(count, **given, **options).images
+        sets[title] = pipeline(count, generator=generators, output_type="np", **options).images
     real, rebuilt = sets["other simulated subjects"], sets["the same, rebuilt"]
     sets["real above half the Nyquist frequency, rebuilt below"] = splice(rebuilt, real)
     sets["rebuilt above half the Nyquist frequency, real below"] = splice(real, rebuilt)
-    known_subjects = [simulate_subject((REAL_SEED, i), size, names) for i in range(count)]
-    extractor = load_extractor("efficientnet-lite0")
-    known = [
-        extractor(to_uint8(np.stack([subject.images[m] for subject in known_subjects])), progress=False)
-        for m in range(len(names))
-    ]
+    known_images = np.stack([simulate_subject((REAL_SEED, i), size, names).images for i in range(count)])
+    extractor = load_extractor()
+    known = [extractor(to_uint8(known_images[:, m])) for m in range(len(names))]
     print(f"| distance (precision, recall) | {' | '.join(names)} | mean |\n|---{'|---' * (len(names) + 1)}|")
     for title, pictures in sets.items():
         rows = []
         for m in range(len(names)):
-            features = extractor(to_uint8(pictures[:, m]), progress=False)
+            features = extractor(to_uint8(pictures[:, m]))
             scores = neighbour_scores(known[m], features)
             rows.append((frechet_distance(known[m], features), scores["precision"], scores["recall"]))
         rows.append(np.mean(rows, axis=0))

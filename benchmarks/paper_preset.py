@@ -8,13 +8,12 @@ with the presets training/configs/autoencoder_paper.yaml and training/configs/ld
 """
 
 import argparse
-import importlib.util
 import resource
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -27,14 +26,9 @@ from dldm_pipeline.optimization import MuonAdamW
 from dldm_pipeline.training_args import Args, AutoencoderArgs, LDMArgs, parse_args
 
 TRAINING = Path(__file__).parents[1] / "training"
-
-
-def load_script(name: str) -> ModuleType:
-    """A training script as a module; the folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(TRAINING))
+import train_autoencoder  # noqa: E402
+import train_ldm  # noqa: E402
 
 
 def preset(kind: type[Args], name: str) -> Args:
@@ -45,24 +39,11 @@ def preset(kind: type[Args], name: str) -> Args:
 def build_autoencoder() -> DisentangledAutoencoder:
     """The preset's autoencoder, untrained, with the latent scales that training would measure."""
     args = preset(AutoencoderArgs, "autoencoder_paper")
-    args.modalities = args.modalities or list(DEFAULT_MODALITIES)
-    autoencoder = load_script("train_autoencoder").build_autoencoder(args, args.modalities)
+    autoencoder = train_autoencoder.build_autoencoder(args, args.modalities or list(DEFAULT_MODALITIES))
     for kind in ("structure", "style"):
         channels = autoencoder.config[f"{kind}_channels"]
         autoencoder.register_to_config(**{f"{kind}_shift": [0.0] * channels, f"{kind}_scale": [1.0] * channels})
     return autoencoder
-
-
-def simulated_batch(size: int, resolution: int) -> dict[str, torch.Tensor]:
-    """A batch as the training loader gives it."""
-    rows = list(phantom_rows(size, size=resolution, seed=1))
-    images = np.stack([[row[name] for name in DEFAULT_MODALITIES] for row in rows])
-    return {
-        "images": torch.from_numpy(images),
-        "present": torch.ones(size, len(DEFAULT_MODALITIES), dtype=torch.bool),
-        "mask": torch.from_numpy(np.stack([row["mask"] for row in rows])).float(),
-        "has_mask": torch.ones(size, dtype=torch.bool),
-    }
 
 
 def seconds_of_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor], learning_rate: float) -> float:
@@ -74,14 +55,18 @@ def seconds_of_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor], le
     return time.perf_counter() - started
 
 
-def train_autoencoder(batch_size: int) -> tuple[int, float]:
-    script, args, model = (
-        load_script("train_autoencoder"),
-        preset(AutoencoderArgs, "autoencoder_paper"),
-        build_autoencoder(),
-    )
-    batch = simulated_batch(batch_size, args.resolution)
-    objective, weights = script.DisentangledLoss(model, args), script.WEIGHTS | {"spectrum": args.spectrum_weight}
+def step_of_autoencoder(batch_size: int) -> tuple[int, float]:
+    """Parameters, and seconds of a step on a batch as the training loader gives it."""
+    args, model = preset(AutoencoderArgs, "autoencoder_paper"), build_autoencoder()
+    rows = list(phantom_rows(batch_size, size=args.resolution, seed=1))
+    batch = {
+        "images": torch.from_numpy(np.stack([[row[name] for name in DEFAULT_MODALITIES] for row in rows])),
+        "present": torch.ones(batch_size, len(DEFAULT_MODALITIES), dtype=torch.bool),
+        "mask": torch.from_numpy(np.stack([row["mask"] for row in rows])).float(),
+        "has_mask": torch.ones(batch_size, dtype=torch.bool),
+    }
+    objective = train_autoencoder.DisentangledLoss(model, args)
+    weights = train_autoencoder.WEIGHTS | {"spectrum": args.spectrum_weight}
 
     def loss() -> torch.Tensor:
         return sum(weights[name] * term for name, term in objective(batch).items())
@@ -89,23 +74,25 @@ def train_autoencoder(batch_size: int) -> tuple[int, float]:
     return model.num_parameters(), seconds_of_step(model, loss, args.learning_rate)
 
 
-def train_ldm(batch_size: int) -> tuple[int, float]:
-    script, args, autoencoder = load_script("train_ldm"), preset(LDMArgs, "ldm_paper"), build_autoencoder()
-    unet, scheduler = script.load_unet(args, autoencoder), make_scheduler()
+def step_of_denoiser(batch_size: int) -> tuple[int, float]:
+    """Parameters, and seconds of a step on random latents."""
+    args, autoencoder, scheduler = preset(LDMArgs, "ldm_paper"), build_autoencoder(), make_scheduler()
+    unet = train_ldm.load_unet(args, autoencoder)
     config, size, n = autoencoder.config, autoencoder.latent_size, autoencoder.num_modalities
     latents = Latents(
         structure=torch.randn(batch_size, 1, config.structure_channels, size, size),
         style=torch.randn(batch_size, 1, n, config.style_channels),
         present=torch.ones(batch_size, n, dtype=torch.bool),
     )
-    batch = script.sample_batch(latents, batch_size, scheduler, args)
-    seconds = seconds_of_step(unet, lambda: script.training_loss(unet, scheduler, batch, args), args.learning_rate)
+    batch = train_ldm.sample_batch(latents, batch_size, scheduler, args)
+    seconds = seconds_of_step(unet, lambda: train_ldm.training_loss(unet, scheduler, batch, args), args.learning_rate)
     return unet.num_parameters(), seconds
 
 
-def sample(batch_size: int) -> tuple[int, float]:
+def one_subject(batch_size: int) -> tuple[int, float]:
+    """Parameters, and seconds of a call."""
     autoencoder = build_autoencoder().eval()
-    unet = load_script("train_ldm").load_unet(preset(LDMArgs, "ldm_paper"), autoencoder).eval()
+    unet = train_ldm.load_unet(preset(LDMArgs, "ldm_paper"), autoencoder).eval()
     pipeline = DLDMPipeline(autoencoder, unet, make_scheduler())
     started = time.perf_counter()
     pipeline(1, generator=torch.Generator().manual_seed(0))
@@ -115,8 +102,7 @@ def sample(batch_size: int) -> tuple[int, float]:
 def measure(job: tuple[Callable[[int], tuple[int, float]], int]) -> tuple[int, float, float]:
     """Parameters, seconds and the process's peak memory in GiB."""
     function, batch_size = job
-    parameters, seconds = function(batch_size)
-    return parameters, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return *function(batch_size), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -124,9 +110,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2, help="of the training steps (default: %(default)s)")
     args = parser.parse_args()
     jobs = {
-        f"autoencoder, one training step, batch {args.batch_size}": train_autoencoder,
-        f"denoiser, one training step, batch {args.batch_size}": train_ldm,
-        "pipeline, one subject": sample,
+        f"autoencoder, one training step, batch {args.batch_size}": step_of_autoencoder,
+        f"denoiser, one training step, batch {args.batch_size}": step_of_denoiser,
+        "pipeline, one subject": one_subject,
     }
     print(f"{torch.get_num_threads()} threads\n\n| what | parameters | seconds | peak memory |\n|---|---|---|---|")
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

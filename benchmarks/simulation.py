@@ -249,7 +249,7 @@ def print_frechet(real: list[Subject], simulated: list[Subject], cache: str | No
     distances = []
     for column, name in enumerate(NAMES):
         there, ours = (
-            extractor(to_uint8(np.concatenate([s.images[column] for s in subjects])), cache=cache, progress=False)
+            extractor(to_uint8(np.concatenate([s.images[column] for s in subjects])), cache=cache)
             for subjects in (real, simulated)
         )
         distances.append(frechet_distance(there, ours))

@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -31,36 +30,20 @@ from dldm_pipeline.cli import add_pipeline_arguments, exit_on_user_error, find_p
 from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.data.slices import SliceDataset
+from dldm_pipeline.metrics import comparison, report
 from dldm_pipeline.metrics.cache import Cache, fingerprint
-from dldm_pipeline.metrics.comparison import (
-    NEIGHBOURS,
-    Comparison,
-    System,
-    find_segmenters,
-    measure_autoencoder,
-    pipeline_system,
-    sample,
-)
 from dldm_pipeline.metrics.features import EXTRACTORS, FeatureExtractor, load_extractor
-from dldm_pipeline.metrics.images import read_slices
+from dldm_pipeline.metrics.fidelity import NEIGHBOURS
+from dldm_pipeline.metrics.images import evenly_spaced, read_slices
 from dldm_pipeline.metrics.memorization import closest_pairs_sheet
-from dldm_pipeline.metrics.report import (
-    PAPER,
-    claims,
-    mean_scores,
-    plot_scores,
-    plot_steps,
-    systems_sheet,
-    write_report,
-)
 
 # Simulated subjects for a run without --dataset, of seeds that no training uses.
 PHANTOM_SEED, SECOND_PHANTOM_SEED, NUM_PHANTOMS = 977_001, 977_002, 200
 # Class of a compared system, as its config.json names it → its module in training/baselines, and its name in the report.
 BASELINES = {"StyleGAN2": ("stylegan2", "StyleGAN2"), "PlainLDM": ("plain_ldm", "plain LDM")}
 BASELINE_FOLDER = Path(__file__).resolve().parents[1] / "training" / "baselines"
-SAMPLING = ("num_inference_steps", "num_style_inference_steps", "guidance_scale")
-LEAST = {"max_validation": 1, "max_train": 1, "num_subjects": NEIGHBOURS + 1, "segmenter_steps": 0, "batch_size": 1}
+SAMPLING = {"num_inference_steps": int, "num_style_inference_steps": int, "guidance_scale": float}
+LEAST = {"max_validation": 1, "max_train": 1, "num_subjects": NEIGHBOURS + 1, "segmenter_steps": 0}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,28 +55,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", default=default, help=help, **options)
 
     add("autoencoder", "folder of an autoencoder, to measure it alone; nothing is generated", type=Path)
-    parser.add_argument(
-        "--baselines", type=Path, nargs="+", default=[], help="folders of compared systems, from training/baselines/"
-    )
+    add("baselines", "folders of compared systems, from training/baselines/", type=Path, nargs="+")
     add("dataset", f"folder of slices, or its name on the Hub (default: {NUM_PHANTOMS} simulated subjects)")
     add("split", "split of the dataset", "validation")
     add("max_validation", "slices at most for autoencoder and alignment", 400, type=int)
     add("max_train", "training slices at most to look for copies of", 10_000, type=int)
     add("num_subjects", "subjects of each system, and real ones", 100, type=int)
-    for name in SAMPLING:
-        kind = float if name == "guidance_scale" else int
+    for name, kind in SAMPLING.items():
         add(name, "(default: the pipeline's)", type=kind)
     add("step_counts", "numbers of structure steps to compare", [5, 10, 25, 50], type=int, nargs="+")
     add("step_subjects", "subjects of that comparison; 0: none", 50, type=int)
     add("extractor", "network that gives the features", "efficientnet-lite0", choices=list(EXTRACTORS))
     add("extractor_weights", "its weights (default: those installed, or downloaded)", type=Path)
-    add(
-        "neighbour_extractor",
-        "another network for precision, recall, density and coverage, such as vgg16",
-        choices=list(EXTRACTORS),
-    )
+    add("neighbour_extractor", "another one for precision, recall, density, coverage", choices=list(EXTRACTORS))
     add("segmenter_steps", "training steps of the segmenters that judge the masks; 0: none", 600, type=int)
-    add("batch_size", "slices that the autoencoder takes at a time", 4, type=int)
     add("seed", "of splits, exchanges and subjects", 0, type=int)
     add("output", "folder of the report", Path("evaluation"), type=Path)
     return parser.parse_args(argv)
@@ -108,7 +83,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, least in LEAST.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: give {least} or more.")
-    if args.step_subjects and args.step_subjects <= NEIGHBOURS:
+    if 0 != args.step_subjects <= NEIGHBOURS:
         raise ValueError(f"--step_subjects {args.step_subjects}: give {NEIGHBOURS + 1} or more, or 0 for none.")
     if min(args.step_counts) < 1:
         raise ValueError(f"--step_counts {min(args.step_counts)}: give 1 or more.")
@@ -156,13 +131,7 @@ def open_data(args: argparse.Namespace, size: int, modalities: list[str]) -> tup
         return held_out, None
 
 
-def read_items(dataset: Dataset, count: int, desc: str) -> list[dict]:
-    """At most `count` items, evenly spaced."""
-    rows = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
-    return [dataset[i] for i in tqdm(rows, desc=desc)]
-
-
-def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -> System:
+def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -> comparison.System:
     """A compared system, of whichever class its config.json names."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--baselines {folder} holds no config.json; give what training/baselines/ wrote.")
@@ -183,15 +152,15 @@ def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -
             f"{', '.join(modalities)} at {size}: compare systems that were trained on the same data."
         )
     columns = [own.index(modality) for modality in modalities]
-    has_masks = bool(model.config.get("mask"))
+    options = {"return_masks": True} if model.config.get("mask") else {}
 
     def generate(generators: list[torch.Generator]):
-        output = model.sample(len(generators), generators, **({"return_masks": True} if has_masks else {}))
-        images, masks = output if has_masks else (output, None)
+        output = model.sample(len(generators), generators, **options)
+        images, masks = output if options else (output, None)
         return images[:, columns].numpy(), None if masks is None else masks.numpy() > 0.5, None
 
     name += ", class-conditional" if model.config.get("conditional") else ""
-    return System(name, str(folder), sum(value.numel() for value in model.parameters()), generate, fingerprint(model))
+    return comparison.System(name, str(folder), model.num_parameters(), generate, fingerprint(model))
 
 
 def finite(value):
@@ -204,61 +173,57 @@ def finite(value):
 
 
 def compare_systems(
-    systems: list[System],
+    args: argparse.Namespace,
+    systems: list[comparison.System],
     pipeline: DLDMPipeline,
     options: dict,
     data: tuple[Dataset, Dataset | None],
     extractor: FeatureExtractor,
     segmenters: dict,
     reference: dict,
-    args: argparse.Namespace,
     cache: Cache,
 ) -> tuple[dict, dict[str, Path]]:
     """All figures of generated subjects and their pictures. `reference` is the alignment of real subjects."""
     modalities, count, seed = list(pipeline.autoencoder.config.modalities), args.num_subjects, args.seed
     neighbours = load_extractor(args.neighbour_extractor, device=args.device) if args.neighbour_extractor else None
     real, second = (dataset and read_slices(dataset, count) for dataset in data)
-    comparison = Comparison(modalities, real, second, extractor, neighbours, seed, cache)
-    samples = {system.name: sample(system, count, seed, cache) for system in systems}
+    compared = comparison.Comparison(modalities, real, second, extractor, neighbours, seed, cache)
+    samples = {system.name: comparison.sample(system, count, seed, cache) for system in systems}
     seconds = {name: float(subjects["seconds"].sum() / count) for name, subjects in samples.items()}
     images = {name: subjects["images"] for name, subjects in samples.items()}
-    pictures = {name: args.output / "figures" / f"{name}.png" for name in ("scores", "systems")}
+    figures = args.output / "figures"
+    pictures = {name: figures / f"{name}.png" for name in ("scores", "systems")}
 
     others = "other simulated subjects" if args.dataset is None else "training subjects of the data set"
-    fidelity = comparison.fidelity(samples)
+    fidelity, spectra = compared.fidelity(samples), compared.spectra(images["DLDM"])
     results: dict = {
         "num_subjects": count,
         "second_real": "half of the held-out subjects" if second is None else others,
-        "paper": PAPER,
+        "paper": report.PAPER,
         "systems": {
             one.name: {"folder": one.folder, "parameters": one.parameters, "seconds_per_subject": seconds[one.name]}
             for one in systems
         },
         "fidelity": fidelity,
-        "claims": claims(mean_scores(fidelity)),
-        "alignment": comparison.alignment(samples, reference, segmenters, args.max_validation),
-        "generation": {
-            "num_subjects": count,
-            "seconds_per_subject": seconds["DLDM"],
-            **options,
-            **comparison.spectra(images["DLDM"]),
-        },
+        "claims": report.claims(report.mean_scores(fidelity)),
+        "alignment": compared.alignment(samples, reference, segmenters, args.max_validation),
+        "generation": {"num_subjects": count, "seconds_per_subject": seconds["DLDM"], **options, **spectra},
     }
-    plot_scores(fidelity, pictures["scores"])
-    systems_sheet(real.images, real.present, images, modalities, pictures["systems"])
+    report.plot_scores(fidelity, pictures["scores"])
+    report.systems_sheet(real.images, real.present, images, modalities, pictures["systems"])
     if args.step_subjects:
-        by_steps = {
-            steps: pipeline_system(pipeline, systems[0].folder, **options | {"num_inference_steps": steps})
-            for steps in sorted(set(args.step_counts))
-        }
-        results["steps"] = comparison.steps(by_steps, args.step_subjects)
-        pictures["steps"] = args.output / "figures" / "steps.png"
-        plot_steps(results["steps"], pictures["steps"])
+        by_steps = {}
+        for steps in sorted(set(args.step_counts)):
+            others = options | {"num_inference_steps": steps}
+            by_steps[steps] = comparison.pipeline_system(pipeline, systems[0].folder, **others)
+        results["steps"] = compared.steps(by_steps, args.step_subjects)
+        pictures["steps"] = figures / "steps.png"
+        report.plot_steps(results["steps"], pictures["steps"])
     # Without --dataset it is unknown what the pipeline was trained on.
     if args.dataset is not None and second is not None and len(set(real.subjects)) > 1:
         train = read_slices(data[1], args.max_train)
-        results["memorization"] = comparison.memorization(samples, train, pipeline.autoencoder)
-        pictures["closest_pairs"] = args.output / "figures" / "closest_pairs.png"
+        results["memorization"] = compared.memorization(samples, train, pipeline.autoencoder)
+        pictures["closest_pairs"] = figures / "closest_pairs.png"
         closest = results["memorization"]["DLDM"]["closest"][:4]
         closest_pairs_sheet(closest, images["DLDM"], train.images, modalities, pictures["closest_pairs"])
     return results, pictures
@@ -277,8 +242,7 @@ def main(argv: list[str] | None = None, extractor: FeatureExtractor | None = Non
     started = time.time()
     cache = Cache(args.output / "cache")
     # 1. The models.
-    model = args.autoencoder or find_pipeline(args.pipeline)
-    pipeline = None
+    model, pipeline = args.autoencoder or find_pipeline(args.pipeline), None
     if args.autoencoder:
         autoencoder = DisentangledAutoencoder.from_pretrained(model).to(args.device).eval()
     else:
@@ -291,8 +255,8 @@ def main(argv: list[str] | None = None, extractor: FeatureExtractor | None = Non
         defaults = inspect.signature(DLDMPipeline.__call__).parameters
         given = {name: getattr(args, name) for name in SAMPLING}
         options = {name: defaults[name].default if value is None else value for name, value in given.items()}
-        systems = [pipeline_system(pipeline, model, **options)]
-        systems += [open_baseline(folder, modalities, size, args.device) for folder in args.baselines]
+        systems = [comparison.pipeline_system(pipeline, model, **options)]
+        systems += [open_baseline(folder, modalities, size, args.device) for folder in args.baselines or []]
         names = [system.name for system in systems]
         if len(set(names)) < len(names):
             raise ValueError(f"--baselines gives one system twice: {', '.join(names)}; give one folder of each.")
@@ -300,29 +264,29 @@ def main(argv: list[str] | None = None, extractor: FeatureExtractor | None = Non
 
     # 2. The autoencoder, on held-out subjects.
     count = args.max_validation if args.dataset else min(args.max_validation, NUM_PHANTOMS)
-    items = read_items(data[0], count, "read held-out")
-    others = read_items(data[1], count, "read training") if data[1] is not None and args.segmenter_steps else []
-    segmenters, segmenter_dice = find_segmenters(others, modalities, args.segmenter_steps, args.seed, cache)
+    items, others = list(tqdm(evenly_spaced(data[0], count), desc="read held-out")), []
+    if data[1] is not None and args.segmenter_steps:
+        others = list(tqdm(evenly_spaced(data[1], count), desc="read training"))
+    segmenters, dice = comparison.find_segmenters(others, modalities, args.segmenter_steps, args.seed, cache)
     results = {
         "model": str(model),
         "dataset": str(args.dataset or f"{len(items)} simulated subjects, seed {PHANTOM_SEED}"),
         "seed": args.seed,
-        "segmenter_dice": segmenter_dice,
-        **measure_autoencoder(autoencoder, items, segmenters, args.batch_size, args.seed, cache),
+        "segmenter_dice": dice,
+        **comparison.measure_autoencoder(autoencoder, items, segmenters, args.seed, cache),
     }
 
     # 3. The pipeline and the other systems.
     pictures: dict[str, Path] = {}
     if pipeline is not None:
         alignment = results["alignment"]
-        compared, pictures = compare_systems(
-            systems, pipeline, options, data, extractor, segmenters, alignment["validation"], args, cache
-        )
+        measures = extractor, segmenters, alignment["validation"]
+        compared, pictures = compare_systems(args, systems, pipeline, options, data, *measures, cache)
         results |= compared | {"alignment": alignment | compared["alignment"]}
     results["seconds"] = time.time() - started
 
     write_text(args.output / "metrics.json", json.dumps(finite(results), indent=2) + "\n")
-    print(write_report(results, pictures, args.output))
+    print(report.write_report(results, pictures, args.output))
     print(f"Written to {args.output / 'report.html'}, report.md and metrics.json.")
     return results
 

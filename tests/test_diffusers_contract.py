@@ -219,15 +219,6 @@ def test_callback_gets_what_it_asks_for_and_counts_to_num_timesteps(pipe):
 
 
 def test_callback_changes_the_guidance(pipe):
-    def raise_guidance(p, step, timestep, tensors):
-        p._guidance_scale += 1.0
-        return tensors
-
-    raised = call(pipe, guidance_scale=2.0, callback_on_step_end=raise_guidance)
-    assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
-    plain = call(pipe, guidance_scale=2.0)
-    assert pipe.guidance_scale == 2.0 and not torch.equal(raised.styles, plain.styles)
-
     class Cutoff(PipelineCallback):
         tensor_inputs = ["latents"]
 
@@ -235,6 +226,8 @@ def test_callback_changes_the_guidance(pipe):
             pipeline._guidance_scale = 1.0
             return callback_kwargs
 
+    plain = call(pipe, guidance_scale=2.0)
+    assert pipe.guidance_scale == 2.0
     cut = call(pipe, guidance_scale=2.0, callback_on_step_end=Cutoff(cutoff_step_ratio=None, cutoff_step_index=0))
     assert pipe.guidance_scale == 1.0 and not torch.equal(cut.styles, plain.styles)
 
@@ -245,16 +238,6 @@ def test_full_determinism(pipe):
         assert torch.equal(call(pipe).images, call(pipe).images)
     finally:
         disable_full_determinism()
-
-
-def test_pipeline_runs_compiled(tiny_pipeline):
-    torch.compiler.reset()
-    options = {"modalities": "T1", "num_inference_steps": 1}
-    expected = call(tiny_pipeline, **options).images
-    tiny_pipeline.unet.compile(fullgraph=True, backend="eager")
-    tiny_pipeline.autoencoder.decode = torch.compile(tiny_pipeline.autoencoder.decode, fullgraph=True, backend="eager")
-    torch.testing.assert_close(call(tiny_pipeline, **options).images, expected, rtol=0, atol=1e-4)
-    torch.compiler.reset()
 
 
 def test_pipeline_layerwise_casting(pipe):

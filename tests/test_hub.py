@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sysconfig
 import venv
@@ -20,14 +21,13 @@ from dldm_pipeline.pipeline_utils import add_modules
 
 ROOT = Path(__file__).parents[1]
 REPO = "tester/brains"
-MODULES = ["autoencoder/autoencoder_disentangled.py", "pipeline.py", "pipeline_dldm.py"]
-MODULES += ["pipeline_dldm_translation.py", "pipeline_utils.py"]
+PIPELINES = ["pipeline.py", "pipeline_dldm.py", "pipeline_dldm_translation.py", "pipeline_utils.py"]
+MODULES = ["autoencoder/autoencoder_disentangled.py", *PIPELINES]
 
 
 @pytest.fixture
-def folder(tiny_pipeline, tmp_path) -> Path:
-    tiny_pipeline.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
+def folder(tiny_pipeline_folder, tmp_path) -> Path:
+    return shutil.copytree(tiny_pipeline_folder, tmp_path / "saved")
 
 
 def images(pipeline: DLDMPipeline) -> np.ndarray:
@@ -65,9 +65,8 @@ def test_a_model_replaces_the_old_one_only_when_complete(tmp_path):
 def test_a_model_card_says_what_it_must_and_is_read_back(tmp_path):
     figures = {"v-loss": np.float64(0.123456), "PSNR (dB)": torch.tensor(31.0), "none": None}
     training = {"seed": 0, "none": None, "data": Path("a|b"), "learning rate": 1e-5}
-    path = write_model_card(
-        tmp_path, "Title", "Text.", figures, training, {"Caption": "samples.png"}, ["x"], "80 mice."
-    )
+    more = {"Caption": "samples.png"}, ["x"], "80 mice."
+    path = write_model_card(tmp_path, "Title", "Text.", figures, training, *more)
     text = path.read_text()
     for words in (
         "# Title\n\nText.",
@@ -112,9 +111,8 @@ def test_a_saved_pipeline_carries_the_modules_that_load_it(folder, tiny_pipeline
     for path in wanted:
         path.unlink()
     autoencoder = ["dldm_pipeline.autoencoder_disentangled", "DisentangledAutoencoder"]
-    edit_json(
-        folder / "model_index.json", _class_name="DLDMPipeline", autoencoder=autoencoder, _name_or_path="/home/me"
-    )
+    old = {"_class_name": "DLDMPipeline", "autoencoder": autoencoder, "_name_or_path": "/home/me"}
+    edit_json(folder / "model_index.json", **old)
     assert np.array_equal(images(DLDMPipeline.from_pretrained(folder)), images(tiny_pipeline))
     for _ in range(2):
         add_modules(folder)
@@ -140,11 +138,6 @@ def test_foreign_modules_are_not_run_without_trust(folder, tmp_path, name, class
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.* neither a valid local path"):
-        DLDMPipeline.from_pretrained(tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize("component", ["autoencoder", "unet"])
 def test_pickled_weights_are_refused(folder, component):
     weights = folder / component / "diffusion_pytorch_model.safetensors"
@@ -155,7 +148,9 @@ def test_pickled_weights_are_refused(folder, component):
         DLDMPipeline.from_pretrained(folder)
 
 
-def test_malformed_modalities_are_refused(folder):
+def test_malformed_modalities_and_absent_folders_are_refused(folder):
+    with pytest.raises(ValueError, match="nowhere.* neither a valid local path"):
+        DLDMPipeline.from_pretrained(folder / "nowhere")
     for names in (None, 3, "T1", [], ["T1", ""], ["T1", "T1", "WB"], ["T1", 2, "WB"], [["T1"]], {"T1": 0}):
         edit_json(folder / "autoencoder" / "config.json", modalities=names)
         with pytest.raises(ValueError, match="`modalities` must be a non-empty list of different names"):

@@ -42,18 +42,21 @@ def test_every_trained_parameter_is_in_one_group_and_the_loss_falls():
     assert losses[-1] < 0.2 * losses[0]
 
 
+def step(model, optimizer, x):
+    model(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def test_adamw_steps_are_those_of_adamw():
     torch.manual_seed(0)
-    model, reference = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)  # four outputs: too few for Muon
-    reference.load_state_dict(model.state_dict())
+    model = torch.nn.Linear(8, 4)  # four outputs: too few for Muon
+    reference = deepcopy(model)
     ours = MuonAdamW(model, 1e-2)
     theirs = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
-    for _ in range(3):
-        x = torch.randn(2, 8)
-        for net, optimizer in ((model, ours), (reference, theirs)):
-            net(x).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    for x in torch.randn(3, 2, 8):
+        step(model, ours, x)
+        step(reference, theirs, x)
     assert torch.equal(model.weight, reference.weight)
 
 
@@ -77,12 +80,10 @@ def test_state_is_saved_and_restored():
     torch.manual_seed(0)
     model, copy = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
     first, second = MuonAdamW(model, 1e-2), MuonAdamW(copy, 1e-2)
-    for step in range(4):
-        if step == 2:
+    for i in range(4):
+        if i == 2:
             copy.load_state_dict(model.state_dict())
             second.load_state_dict(deepcopy(first.state_dict()))
-        for net, optimizer in ((model, first), (copy, second)):
-            net(torch.ones(1, 8) * (step + 1)).square().sum().backward()
-            optimizer.step()
-            net.zero_grad()
+        step(model, first, torch.ones(1, 8) * (i + 1))
+        step(copy, second, torch.ones(1, 8) * (i + 1))
     assert torch.equal(model.weight, copy.weight) and torch.equal(model.bias, copy.bias)

@@ -6,20 +6,18 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from dldm_pipeline import training_state
 from dldm_pipeline.training_args import TrainingArgs
 from dldm_pipeline.training_utils import averaged_weights, fit, make_accelerator, make_output_dir, transfer_rows, update
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_an_output_folder_that_cannot_be_written_and_a_missing_tracker_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match="file.*choose another folder"):
             make_output_dir(path)
     assert make_output_dir(tmp_path / "a" / "b").is_dir()
     assert not list((tmp_path / "a" / "b").iterdir())
-
-
-def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         make_accelerator(TrainingArgs(output_dir=str(tmp_path / "out"), report_to="wandb"), "test")
@@ -36,12 +34,10 @@ def test_threads_are_left_alone_unless_asked_for(tmp_path, monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_rows_of_other_names():
+def test_rows_of_other_names_and_averaged_weights():
     rows = torch.tensor([[1.0], [2.0], [6.0]])
     assert transfer_rows(rows, ["a", "b", None], ["b", "c", None]).tolist() == [[2.0], [3.0], [6.0]]
-
-
-def test_averaged_weights_are_in_place_inside_the_block_only():
+    # Averaged weights are in place inside the block only.
     model = torch.nn.Linear(2, 2)
     ema = EMAModel(model.parameters(), decay=0.9)
     average = model.weight.detach().clone()
@@ -57,12 +53,7 @@ class Run:
     """A training of one weight towards 1, one gradient step a call."""
 
     def __init__(self, folder, **options):
-        options = {
-            "max_train_steps": 6,
-            "validation_steps": 3,
-            "checkpointing_steps": 2,
-            "lr_warmup_steps": 0,
-        } | options
+        options = dict(max_train_steps=6, validation_steps=3, checkpointing_steps=2, lr_warmup_steps=0) | options
         self.args = TrainingArgs(output_dir=str(folder), learning_rate=0.1, report_to="tensorboard", **options)
         accelerator = make_accelerator(self.args, "test")
         self.model = torch.nn.Linear(1, 1, bias=False)
@@ -99,14 +90,12 @@ def test_the_loop_steps_averages_validates_and_writes_checkpoints(tmp_path, caps
     assert (tmp_path / "validation" / "step-000003.png").is_file()
 
 
-def test_without_averaging_and_without_checkpoints(tmp_path):
+def test_without_averaging_and_checkpoints_and_with_accumulation(tmp_path):
     run = Run(tmp_path, ema_decay=0.0, checkpointing_steps=0, validation_steps=0)
     assert run.model.weight.item() == pytest.approx(run.weights[-1][1])
     assert not list(tmp_path.glob("checkpoint-*")) and not run.validated
-
-
-def test_accumulated_batches_are_one_step(tmp_path):
-    run = Run(tmp_path, gradient_accumulation_steps=2, max_train_steps=3)
+    # Accumulated batches are one step.
+    run = Run(tmp_path / "accumulated", gradient_accumulation_steps=2, max_train_steps=3)
     assert run.clock.step == 3 and [number for number, _ in run.weights] == [0, 0, 1, 1, 2, 2]
     values = [weight for _, weight in run.weights]
     assert values[0] == 0 < values[1] == values[2] < values[3]
@@ -119,11 +108,13 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     assert resumed.weights == whole.weights[4:] and resumed.model.weight.item() == whole.model.weight.item()
     state = json.loads((tmp_path / "resumed" / "checkpoint-6" / "training_state.json").read_text())
     assert state["step"] == 6 and state["seconds"] >= 0
+    # Checkpoints of an earlier run are neither taken nor deleted.
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run; add --resume_from_checkpoint latest"):
+        Run(tmp_path / "whole", seed=1)
+    assert (tmp_path / "whole" / "checkpoint-6").is_dir()
 
 
 def test_validation_is_no_training_time(tmp_path, monkeypatch):
-    from dldm_pipeline import training_state
-
     now = [0.0]
     monkeypatch.setattr(training_state.time, "monotonic", lambda: now[0])
     inner = Image.Image.save
@@ -135,10 +126,3 @@ def test_validation_is_no_training_time(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", slow)
     run = Run(tmp_path, max_train_minutes=1.0)
     assert run.clock.step == 6 and run.clock.elapsed == 0 and now[0] >= 200
-
-
-def test_checkpoints_of_an_earlier_run_are_neither_taken_nor_deleted(tmp_path):
-    Run(tmp_path)
-    with pytest.raises(ValueError, match="holds checkpoints of an earlier run; add --resume_from_checkpoint latest"):
-        Run(tmp_path, seed=1)
-    assert (tmp_path / "checkpoint-6").is_dir()

@@ -19,6 +19,7 @@ from scipy import ndimage
 from scipy.stats import entropy
 from tqdm.auto import tqdm
 
+from .images import as_flags
 from .reconstruction import dice, exchange_partners, mean_over_subjects
 from .segmenter import predict_masks
 
@@ -32,17 +33,11 @@ def _pixels(length: float, shape: tuple[int, ...]) -> float:
 
 
 def brain_region(images: np.ndarray) -> np.ndarray:
-    """The brain as one region without holes, found from the images themselves.
+    """The brain as one region without holes, bool (H, W), found from the images themselves; empty if they are.
 
-    The images are averaged over modalities (fluid is dark in one and bright in another), smoothed (sigma 1 pixel of a
-    128-pixel image) and cut at a quarter of their 95th percentile; the largest connected part is kept and its holes are
-    filled.
-
-    Args:
-        images: array of shape (k, H, W): the modalities present, background near 0.
-
-    Returns:
-        bool array of shape (H, W); empty if the images are.
+    The images (k, H, W), of the modalities present and with a background near 0, are averaged (fluid is dark in one and
+    bright in another), smoothed (sigma 1 pixel of a 128-pixel image) and cut at a quarter of their 95th percentile; the
+    largest connected part is kept and its holes are filled.
     """
     mean = ndimage.gaussian_filter(np.mean(images, axis=0, dtype=np.float64), _pixels(1.0, images.shape))
     labels, count = ndimage.label(mean > max(0.25 * np.percentile(mean, 95), 1e-6))
@@ -52,45 +47,29 @@ def brain_region(images: np.ndarray) -> np.ndarray:
 
 
 def edge_map(image: np.ndarray) -> np.ndarray:
-    """Gradient magnitude of the smoothed image (Gaussian derivatives, sigma 1 pixel of a 128-pixel image).
+    """Gradient magnitude of the smoothed image (H, W) (Gaussian derivatives, sigma 1 pixel of a 128-pixel image).
 
     Magnitude forgets which side is the brighter one, so the same border looks alike in every contrast.
-
-    Args:
-        image: array of shape (H, W).
     """
     return ndimage.gaussian_gradient_magnitude(np.asarray(image, dtype=np.float64), _pixels(1.0, image.shape))
 
 
 def edge_correlation(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> float:
-    """Pearson correlation of two edge maps over a region; NaN if the region or the edges are empty.
-
-    Args:
-        first, second: arrays of shape (H, W) from [`edge_map`].
-        region: bool array of shape (H, W).
-    """
+    """Pearson correlation of two [`edge_map`]s (H, W) over a region, bool (H, W); NaN if it or the edges are empty."""
     a, b = first[region], second[region]
     if a.size < 2 or a.std() == 0 or b.std() == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def normalized_mutual_information(first: np.ndarray, second: np.ndarray, region: np.ndarray, bins: int = 16) -> float:
-    """`(H(A) + H(B)) / H(A, B)` of the intensities of two images over a region, from their joint histogram.
+def normalized_mutual_information(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> float:
+    """`(H(A) + H(B)) / H(A, B)` of two images (H, W) in [0, 1] over a region, from their joint histogram of 16×16 bins.
 
     Source: Studholme, Hill and Hawkes, Pattern Recognition 32 (1999) 71. 1 is independent, 2 the same up to a one-to-one
-    curve. A histogram of few pixels scores above 1 by chance, the more so the more bins it has, and noise lowers the
-    value: read it beside that of shuffled subjects, and compare images of one size and noise.
-
-    Args:
-        first, second: arrays of shape (H, W) in [0, 1].
-        region: bool array of shape (H, W).
-        bins: intensity bins of each image, of equal width over [0, 1].
-
-    Returns:
-        Value in [1, 2]; NaN if the region is empty or both images are constant there.
+    curve; NaN if the region is empty or both images are constant there. A histogram of few pixels scores above 1 by chance,
+    and noise lowers the value: read it beside that of shuffled subjects, and compare images of one size and noise.
     """
-    joint = np.histogram2d(first[region], second[region], bins=bins, range=((0, 1), (0, 1)))[0]
+    joint = np.histogram2d(first[region], second[region], bins=16, range=((0, 1), (0, 1)))[0]
     together = entropy(joint.ravel()) if joint.any() else 0.0
     return float((entropy(joint.sum(axis=1)) + entropy(joint.sum(axis=0))) / together) if together > 0 else float("nan")
 
@@ -98,11 +77,7 @@ def normalized_mutual_information(first: np.ndarray, second: np.ndarray, region:
 def enhancement_ratio(image: np.ndarray, mask: np.ndarray, brain: np.ndarray) -> float:
     """Mean intensity inside the tumour mask over the mean in the rest of the brain; NaN if either is empty.
 
-    The mask is taken as it is: where it leaves the brain it covers dark background, and the ratio falls.
-
-    Args:
-        image: array of shape (H, W).
-        mask, brain: bool arrays of shape (H, W).
+    The mask is taken as it is: where it leaves the brain it covers dark background, and the ratio falls. All are (H, W).
     """
     rest = brain & ~mask
     if not mask.any() or not rest.any() or image[rest].mean() == 0:
@@ -111,29 +86,20 @@ def enhancement_ratio(image: np.ndarray, mask: np.ndarray, brain: np.ndarray) ->
 
 
 def vessel_contrast(
-    white_blood: np.ndarray, black_blood: np.ndarray, mask: np.ndarray, brain: np.ndarray, quantile: float = 0.99
+    white_blood: np.ndarray, black_blood: np.ndarray, mask: np.ndarray, brain: np.ndarray
 ) -> tuple[float, float]:
-    """Brightness of the likely vessels in the white-blood and in the black-blood image.
+    """Brightness of the likely vessels in the white-blood and in the black-blood image; all are (H, W).
 
-    Likely vessels are the brain pixels, away from the tumour (mask dilated by 2 pixels of a 128-pixel image), in the top
-    `1 - quantile` of white blood minus black blood.
-
-    Args:
-        white_blood, black_blood: arrays of shape (H, W).
-        mask, brain: bool arrays of shape (H, W).
-        quantile: of the difference; 0.99 takes the top hundredth of the pixels.
-
-    Returns:
-        (mean white blood over them / its brain mean, mean black blood over them / its brain mean): above 1 is brighter
-        than the brain (without the tumour), below 1 darker. NaN if there is no brain.
+    Likely vessels are the hundredth of the brain, away from the tumour (mask dilated by 2 pixels of a 128-pixel image), in
+    which white blood minus black blood is highest. Both means over them are divided by those of the brain (without the
+    tumour): above 1 is brighter, below 1 darker. NaN if there is no brain.
     """
     near = ndimage.binary_dilation(mask, iterations=max(1, round(_pixels(2, mask.shape)))) if mask.any() else mask
     rest = brain & ~near
-    if not rest.any() or white_blood[rest].mean() == 0 or black_blood[rest].mean() == 0:
-        return float("nan"), float("nan")
-    difference = (white_blood - black_blood)[rest]
-    vessels = difference >= np.quantile(difference, quantile)
     white, black = white_blood[rest], black_blood[rest]
+    if not white.any() or not black.any():
+        return float("nan"), float("nan")
+    vessels = white - black >= np.quantile(white - black, 0.99)
     return float(white[vessels].mean() / white.mean()), float(black[vessels].mean() / black.mean())
 
 
@@ -145,7 +111,6 @@ def evaluate_alignment(
     present: np.ndarray | None = None,
     has_mask: np.ndarray | None = None,
     reference: dict | None = None,
-    progress: bool = True,
     seed: int = 0,
     segmenters: dict[str, torch.nn.Module] | None = None,
 ) -> dict:
@@ -155,17 +120,13 @@ def evaluate_alignment(
     head is left out, because it is alike in all subjects. Two shuffled subjects are compared where both have brain.
 
     Args:
-        images: (N, n, H, W) in [0, 1].
-        masks: (N, H, W), non-zero is tumour.
+        images, masks: (N, n, H, W) in [0, 1], and (N, H, W), non-zero is tumour.
         modalities: the n names.
         subjects: N subject names; None if every slice is a subject of its own, as generated ones are.
-        present: bool (N, n); None for all.
-        has_mask: bool (N,); None for all.
+        present, has_mask: bool (N, n) and (N,); None for all.
         reference: what this function returned for real subjects; adds the comparison with them.
-        progress: show a progress bar.
-        seed: seed of the shuffling.
-        segmenters: name → segmenter of that modality from [`~dldm_pipeline.metrics.segmenter.train_segmenter`], not
-            trained on these subjects; adds the mask agreement of those modalities.
+        seed: of the shuffling.
+        segmenters: name → segmenter of that modality, not trained on these subjects; adds the mask agreement.
 
     Returns:
         dict of plain numbers; each of the first five has a twin with `_shuffled` appended to its key:
@@ -191,11 +152,10 @@ def evaluate_alignment(
     unknown = set(segmenters) - set(modalities)
     if unknown:
         raise ValueError(f"segmenters names {sorted(unknown)}, but the modalities are {', '.join(modalities)}.")
-    images, masks = np.asarray(images), np.asarray(masks).astype(bool)
+    masks = np.asarray(masks).astype(bool)
     count, n = images.shape[:2]
     subjects = [f"subject-{i}" for i in range(count)] if subjects is None else list(subjects)
-    present = np.ones((count, n), dtype=bool) if present is None else np.asarray(present, dtype=bool)
-    has_mask = np.ones(count, dtype=bool) if has_mask is None else np.asarray(has_mask, dtype=bool)
+    present, has_mask = as_flags(present, (count, n)), as_flags(has_mask, (count,))
     partners = exchange_partners(subjects, np.ones((count, 1), dtype=bool), seed)[:, 0]
 
     brains = np.stack([brain_region(image[here]) for image, here in zip(images, present, strict=True)])
@@ -204,48 +164,48 @@ def evaluate_alignment(
     edges = np.stack([[edge_map(image) for image in slice_images] for slice_images in images])
     channels = {name: m for m, name in enumerate(modalities)}
     pairs = {f"{a}-{b}": (channels[a], channels[b]) for a, b in combinations(modalities, 2)}
-    enhanced = {name: m for name, m in channels.items() if name in ENHANCED}
     segmented = {name: m for name, m in channels.items() if name in segmenters}
+    enhanced = {name: m for name, m in channels.items() if name in ENHANCED}
     found = {m: predict_masks(segmenters[name], images[:, m]) for name, m in segmented.items()}
     blood = [channels[name] for name in ("WB", "BB")] if {"WB", "BB"} <= set(modalities) else []
 
     columns = {"edge_correlation": list(pairs), "mutual_information": list(pairs), "mask_agreement": list(segmented)}
     columns |= {"enhancement": list(enhanced), "vessels": ["WB", "BB"] if blood else []}
-    values = {
-        key + kind: np.full((count, len(names)), np.nan) for key, names in columns.items() for kind in ("", "_shuffled")
-    }
-    for i, partner in enumerate(tqdm(partners, desc="align", disable=not progress)):
+    keys = [(key, key + kind) for key in columns for kind in ("", "_shuffled")]
+    values = {one: np.full((count, len(columns[key])), np.nan) for key, one in keys}
+    for i, partner in enumerate(tqdm(partners, desc="align")):
         # An image of slice i with another image, or the mask, of slice j: first of its own subject, then of another one.
         for kind, j in (("", i), ("_shuffled", partner)):
             if j < 0:
                 continue
-            core, brain = cores[i] & cores[j], brains[i] & brains[j]
+            row = {key: values[key + kind][i] for key in columns}
+            core = cores[i] & cores[j]
             for p, (a, b) in enumerate(pairs.values()):
                 if present[i, a] and present[j, b]:
-                    values["edge_correlation" + kind][i, p] = edge_correlation(edges[i, a], edges[j, b], core)
-                    information = normalized_mutual_information(images[i, a], images[j, b], core)
-                    values["mutual_information" + kind][i, p] = information
-            for p, m in enumerate(segmented.values()):
-                if present[i, m] and has_mask[j]:
-                    values["mask_agreement" + kind][i, p] = dice(masks[j], found[m][i])
-            mask = masks[i] if i == j else masks[j] & brains[i]  # another subject's mask may leave this brain
-            for p, m in enumerate(enhanced.values()):
-                if present[i, m] and has_mask[j]:
-                    values["enhancement" + kind][i, p] = enhancement_ratio(images[i, m], mask, brains[i])
+                    row["edge_correlation"][p] = edge_correlation(edges[i, a], edges[j, b], core)
+                    row["mutual_information"][p] = normalized_mutual_information(images[i, a], images[j, b], core)
             if blood and present[i, blood[0]] and present[j, blood[1]]:
                 both = images[i, blood[0]], images[j, blood[1]]
-                values["vessels" + kind][i] = vessel_contrast(*both, masks[i] | masks[j], brain)
+                row["vessels"][:] = vessel_contrast(*both, masks[i] | masks[j], brains[i] & brains[j])
+            if not has_mask[j]:
+                continue
+            for p, m in enumerate(segmented.values()):
+                if present[i, m]:
+                    row["mask_agreement"][p] = dice(masks[j], found[m][i])
+            mask = masks[i] if i == j else masks[j] & brains[i]  # another subject's mask may leave this brain
+            for p, m in enumerate(enhanced.values()):
+                if present[i, m]:
+                    row["enhancement"][p] = enhancement_ratio(images[i, m], mask, brains[i])
 
     result: dict = {
         "num_slices": count,
         "num_subjects": len(set(subjects)),
         "num_empty_masks": int(np.sum(has_mask & ~masks.any(axis=(1, 2)))),
     }
-    for key, names in columns.items():
-        for one in (key, key + "_shuffled"):
-            means = mean_over_subjects(values[one], subjects).tolist()
-            unknown = key in ("mask_agreement", "vessels") and not names
-            result[one] = None if unknown else dict(zip(names, means, strict=True))
+    for key, one in keys:
+        means = mean_over_subjects(values[one], subjects).tolist()
+        unknown = key in ("mask_agreement", "vessels") and not columns[key]
+        result[one] = None if unknown else dict(zip(columns[key], means, strict=True))
     own, shuffled = values["edge_correlation"], values["edge_correlation_shuffled"]
     result["edge_correlation_shuffled_p95"] = {
         name: float(np.nanpercentile(shuffled[:, p], 95)) if np.isfinite(shuffled[:, p]).any() else float("nan")

@@ -45,11 +45,7 @@ def fingerprint(*models) -> str:
 
 
 class Cache:
-    """A folder of results. It can be deleted at any time.
-
-    Args:
-        folder: made when the first result is kept.
-    """
+    """A folder of results, made when the first one is kept. It can be deleted at any time."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
@@ -62,7 +58,7 @@ class Cache:
 
         Args:
             name: what the file's name begins with.
-            inputs: all that the figures depend on: arrays, and what JSON can hold.
+            inputs: all that the figures depend on, see [`digest`].
             compute: called if there is no such file.
         """
         path = self.folder / f"{name}-{digest(self.code, *inputs)}.json"

@@ -1,8 +1,8 @@
 """Several generators compared with the same real subjects, by every measure of this folder.
 
-A [`System`] is anything that generates subjects from seeds. [`sample`] asks it for them, block by block, as 8-bit images; a
-[`Comparison`] measures all systems in the same way and returns plain numbers by the system's name. Images, features and
-figures are kept in a [`~dldm_pipeline.metrics.cache.Cache`].
+A [`System`] is anything that generates subjects from seeds. [`sample`] asks it for them; a [`Comparison`] measures all systems
+in the same way and returns plain numbers by the system's name. Images, features and figures are kept in a
+[`~dldm_pipeline.metrics.cache.Cache`].
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .reconstruction import compare_spectra, encode_subjects, evaluate_reconstru
 from .segmenter import make_segmenter, train_segmenter
 
 BLOCK = 25  # subjects generated and kept at a time
-NEIGHBOURS = 3  # k of precision, recall, density and coverage
+Samples = dict[str, dict[str, np.ndarray]]  # system → what `sample` returns
+BATCH_SIZE = 4  # slices that the autoencoder takes at a time
 
 
 @dataclass
@@ -40,9 +41,7 @@ class System:
     """A generator of subjects.
 
     Attributes:
-        name: as in the tables.
-        folder: where it was read from.
-        parameters: how many it has.
+        name, folder, parameters: as in the tables, where it was read from, and how many it has.
         generate: list of S generators → images (S, n, H, W) in [0, 1]; masks (S, H, W) and structure (S, c_s, h, w), each
             of them None if there is none.
         key: hash of all that the images depend on but the seeds.
@@ -56,20 +55,14 @@ class System:
 
 
 def pipeline_system(pipeline, folder: str | os.PathLike, **options) -> System:
-    """A `DLDMPipeline` as a system.
-
-    Args:
-        pipeline: on the device to use.
-        folder: where it was read from.
-        options: arguments of its call, such as `num_inference_steps`.
-    """
+    """A `DLDMPipeline`, read from `folder`, as a system; `options` are arguments of its call."""
 
     def generate(generators: list[torch.Generator]):
         output = pipeline(num_subjects=len(generators), generator=generators, output_type="np", **options)
         return output.images, output.masks, output.structure.cpu().numpy()
 
     parts = pipeline.unet, pipeline.autoencoder
-    parameters = sum(value.numel() for part in parts for value in part.parameters())
+    parameters = sum(part.num_parameters() for part in parts)
     sources = sorted(Path(inspect.getfile(type(pipeline))).parent.glob("pipeline_*.py"))
     key = digest(fingerprint(*parts, pipeline.scheduler), [hash_source(path) for path in sources], options)
     return System("DLDM", str(folder), parameters, generate, key)
@@ -79,8 +72,8 @@ def sample(system: System, count: int, seed: int, cache: Cache) -> dict[str, np.
     """Subjects from the seeds `seed`, `seed` + 1, ..., generated block by block; blocks in the cache are read.
 
     Returns:
-        `images` uint8 (S, n, H, W); `seconds` (blocks,), what each block took; `masks` (S, H, W) bool and `structure`
-        (S, c_s, h, w) where the system has them.
+        `images` uint8 (S, n, H, W); `seconds` of each block; `masks` (S, H, W) bool and `structure` (S, c_s, h, w) where
+        the system has them.
 
     Raises:
         ValueError: if the images hold NaN, or one modality is black throughout.
@@ -115,14 +108,11 @@ def sample(system: System, count: int, seed: int, cache: Cache) -> dict[str, np.
 def find_segmenters(
     items: Sequence[dict], modalities: Sequence[str], steps: int, seed: int, cache: Cache
 ) -> tuple[dict[str, torch.nn.Module], dict[str, float]]:
-    """Trains a segmenter of each modality that has masks with tumour of two subjects at least.
+    """Trains a segmenter of each modality that has masks with tumour of two subjects at least, or reads it from the cache.
 
     Args:
-        items: of a `SliceDataset`; other subjects than those that the segmenters will judge.
-        modalities: the n names.
-        steps: of training; 0 trains none.
-        seed: of the training.
-        cache: keeps the weights.
+        items: of a `SliceDataset` of `modalities`; other subjects than those that the segmenters will judge.
+        steps, seed: of the training; 0 steps train none.
 
     Returns:
         Modality → segmenter, and modality → its Dice on real subjects that it was not trained on.
@@ -133,7 +123,7 @@ def find_segmenters(
         subjects = [item["subject"] for item in known]
         if not steps or len(set(subjects)) < 2 or not any(item["mask"].any() for item in known):
             continue
-        images, masks = (np.stack(part) for part in zip(*((i["images"][m], i["mask"]) for i in known), strict=True))
+        images, masks = np.stack([item["images"][m] for item in known]), np.stack([item["mask"] for item in known])
         path = cache.folder / f"segmenter-{digest(cache.code, images, masks, subjects, steps, seed)}.safetensors"
         state = read_arrays(path)
         if state is None:
@@ -147,7 +137,7 @@ def find_segmenters(
 
 
 def measure_autoencoder(
-    autoencoder: torch.nn.Module, items: Sequence[dict], segmenters: dict, batch_size: int, seed: int, cache: Cache
+    autoencoder: torch.nn.Module, items: Sequence[dict], segmenters: dict, seed: int, cache: Cache
 ) -> dict:
     """Reconstruction, disentanglement, and alignment of real and rebuilt subjects.
 
@@ -155,32 +145,28 @@ def measure_autoencoder(
         autoencoder: a `DisentangledAutoencoder` in evaluation mode, on the device to use.
         items: of a `SliceDataset`, held out.
         segmenters: from [`find_segmenters`].
-        batch_size: slices at a time.
         seed: of splits and exchanges.
-        cache: keeps the figures.
 
     Returns:
         dict with `reconstruction`, `disentanglement` (`left_out`: the reason, where subjects are too few) and `alignment`
-        (`validation` and `rebuilt`), each as the function of that name returns it.
+        (`validation` and `rebuilt`).
     """
 
     def compute() -> dict:
-        encoded = encode_subjects(autoencoder, items, batch_size=batch_size)
-        rebuilt, masks = rebuild(autoencoder, encoded, batch_size)
-        names = encoded.modalities
-        options = dict(subjects=encoded.subjects, present=encoded.present, seed=seed, segmenters=segmenters)
-        real = evaluate_alignment(encoded.images, encoded.masks, names, has_mask=encoded.has_mask, **options)
+        encoded = encode_subjects(autoencoder, items, batch_size=BATCH_SIZE)
+        rebuilt, masks = rebuild(autoencoder, encoded, BATCH_SIZE)
+        names, subjects, present = encoded.modalities, encoded.subjects, encoded.present
+        options = dict(seed=seed, segmenters=segmenters)
+        real = evaluate_alignment(encoded.images, encoded.masks, names, subjects, present, encoded.has_mask, **options)
+        again = evaluate_alignment(rebuilt, masks, names, subjects, present, reference=real, **options)
         try:
             disentanglement = evaluate_disentanglement(encoded, seed=seed)
         except ValueError as error:  # too few subjects to split
             disentanglement = {"left_out": str(error)}
         return {
-            "reconstruction": evaluate_reconstruction(autoencoder, encoded, batch_size, seed=seed),
+            "reconstruction": evaluate_reconstruction(autoencoder, encoded, BATCH_SIZE, seed),
             "disentanglement": disentanglement,
-            "alignment": {
-                "validation": real,
-                "rebuilt": evaluate_alignment(rebuilt, masks, names, reference=real, **options),
-            },
+            "alignment": {"validation": real, "rebuilt": again},
         }
 
     slices = [np.asarray(item[key]) for item in items for key in ("images", "present", "mask", "has_mask", "subject")]
@@ -194,10 +180,7 @@ class Comparison:
 
     Attributes:
         modalities: the n names.
-        real: held-out slices.
-        second: slices of other subjects, for the floor; None halves the held-out subjects.
-        extractor, neighbour_extractor: see [`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`].
-        seed: of all random choices.
+        real, second, extractor, neighbour_extractor, seed: see [`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`].
         cache: keeps features and figures.
     """
 
@@ -218,9 +201,9 @@ class Comparison:
             results[system] = self.cache.figures(name, inputs_of_all, functools.partial(compute, subjects, results))
         return results
 
-    def fidelity(self, samples: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
+    def fidelity(self, samples: Samples) -> dict[str, dict]:
         """[`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`] of every system, against one floor."""
-        options = dict(second=self.second, neighbour_extractor=self.neighbour_extractor, k=NEIGHBOURS, seed=self.seed)
+        options = dict(second=self.second, neighbour_extractor=self.neighbour_extractor, seed=self.seed)
 
         def compute(subjects: dict[str, np.ndarray], results: dict[str, dict]) -> dict:
             floor = next(iter(results.values()))["floor"] if results else None
@@ -231,16 +214,10 @@ class Comparison:
         real = [array for one in (self.real, self.second) if one is not None for array in vars(one).values()]
         return self._compare("fidelity", samples, [*real, networks], compute)
 
-    def alignment(
-        self, samples: dict[str, dict[str, np.ndarray]], reference: dict, segmenters: dict, max_subjects: int
-    ) -> dict[str, dict]:
-        """[`~dldm_pipeline.metrics.alignment.evaluate_alignment`] of every system.
+    def alignment(self, samples: Samples, reference: dict, segmenters: dict, max_subjects: int) -> dict[str, dict]:
+        """[`~dldm_pipeline.metrics.alignment.evaluate_alignment`] of every system, of `max_subjects` at most.
 
-        Args:
-            samples: see above.
-            reference: what the function returned for real subjects.
-            segmenters: from [`find_segmenters`].
-            max_subjects: subjects to use at most: the maps of this measure are floats, and take more memory than images.
+        `reference` is what the function returned for real subjects; `segmenters` are from [`find_segmenters`].
         """
 
         def compute(subjects: dict[str, np.ndarray], results: dict[str, dict]) -> dict:
@@ -252,15 +229,10 @@ class Comparison:
 
         return self._compare("alignment", samples, [reference, _hashes(segmenters), max_subjects], compute)
 
-    def memorization(
-        self, samples: dict[str, dict[str, np.ndarray]], train: Slices, autoencoder: torch.nn.Module
-    ) -> dict[str, dict]:
+    def memorization(self, samples: Samples, train: Slices, autoencoder: torch.nn.Module) -> dict[str, dict]:
         """[`~dldm_pipeline.metrics.memorization.evaluate_memorization`] of every system, with z_struct.
 
-        Args:
-            samples: see above. The images of a system without `structure` are encoded.
-            train: slices of other subjects than the held-out ones.
-            autoencoder: a `DisentangledAutoencoder`.
+        `train` shows other subjects than the held-out ones. The images of a system without `structure` are encoded.
         """
 
         @functools.cache  # built for the first system whose figures are not known
@@ -274,18 +246,12 @@ class Comparison:
         return self._compare("memorization", samples, inputs, compute)
 
     def spectra(self, images: np.ndarray) -> dict:
-        """Power spectrum of generated over real images, and of one half of the real subjects over the other.
-
-        Args:
-            images: uint8 (S, n, H, W).
-
-        Returns:
-            dict with `spectrum` and `spectrum_validation_halves`, see
-            [`~dldm_pipeline.metrics.reconstruction.compare_spectra`].
+        """[`~dldm_pipeline.metrics.reconstruction.compare_spectra`] of generated images, uint8 (S, n, H, W), with real ones
+        (`spectrum`), and of one half of the real subjects with the other (`spectrum_validation_halves`).
         """
 
         def powers(images: np.ndarray) -> np.ndarray:
-            return np.concatenate([radial_power_spectrum(images[i : i + 32] / 255) for i in range(0, len(images), 32)])
+            return np.stack([radial_power_spectrum(one / 255) for one in images])
 
         known = np.where(self.real.present[..., None], powers(self.real.images), np.nan)
         first_half = np.isin(self.real.subjects, sorted(set(self.real.subjects))[::2])
@@ -303,19 +269,15 @@ class Comparison:
 
         Returns:
             dict with `num_subjects`; `entries`, one a number of steps: `num_inference_steps`, `seconds_per_subject` and
-            the mean over modalities of [`~dldm_pipeline.metrics.fidelity.feature_scores`]; `floor`: those scores of the
-            second real sample, or None.
+            the mean over modalities of [`~dldm_pipeline.metrics.fidelity.feature_scores`]; `floor`: the latter of `second`.
         """
 
         def features(slices: Slices) -> list[np.ndarray]:
-            found = []
-            for m, name in enumerate(self.modalities):
-                images = slices.images[slices.present[:, m], m]
-                found.append(self.extractor(images, cache=self.cache.folder, desc=f"{self.extractor.name}: {name}"))
-            return found
+            columns = [slices.images[slices.present[:, m], m] for m in range(len(self.modalities))]
+            return [self.extractor(images, self.cache.folder, self.extractor.name) for images in columns]
 
         def scores(others: list[np.ndarray]) -> dict[str, float]:
-            each = [feature_scores(x, y, NEIGHBOURS) for x, y in zip(known, others, strict=True)]
+            each = list(map(feature_scores, known, others))
             return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
 
         known, entries, floor = features(self.real), [], None

@@ -9,6 +9,7 @@ A copy that was rotated, scaled or bent by more than a pixel or two, or of which
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 from tqdm.auto import tqdm
+
+from dldm_pipeline.autoencoder_disentangled import DisentangledEncoderOutput
 
 from .images import Slices, to_uint8
 
@@ -34,14 +37,9 @@ _BATCH_SIZE = 32  # slices at a time
 def orientation_field(images: torch.Tensor) -> torch.Tensor:
     """Orientation of the edges, whatever the contrast; after the normalised gradient fields of Haber and Modersitzki (2006).
 
-    The gradient of the smoothed image as a complex number g, squared, over |g|² plus a floor. An edge has about unit size
-    and twice its angle, so that its two sides can be exchanged; flat regions are near zero.
-
-    Args:
-        images: (N, H, W), any scale of intensities.
-
-    Returns:
-        complex64 (N, H, W); all zeros for a constant image.
+    The gradient of the smoothed images (N, H, W) as a complex number g, squared, over |g|² plus a floor: complex64
+    (N, H, W). An edge has about unit size and twice its angle, so that its two sides can be exchanged; flat regions are
+    near zero, and a constant image is zero.
     """
     images, (height, width) = images.to(torch.float32), images.shape[-2:]
     smooth_y, slope_y = _edge_filters(height, min(height, width))
@@ -65,11 +63,9 @@ class Matches:
     """The nearest reference image of each of Q queries in each of C channels.
 
     Attributes:
-        similarity: (Q, C) correlation in [-1, 1] at the best flip and shift; NaN where the query has no image, or the
-            reference has none to compare with.
+        similarity: (Q, C) correlation in [-1, 1] at the best flip and shift; NaN where there is nothing to compare.
         index: (Q, C) number of the reference slice; -1 where `similarity` is NaN.
-        flip: (Q, C, 2) bool: (up-down, left-right). The query, first flipped and then rolled by `shift`, lies on the
-            reference.
+        flip: (Q, C, 2) bool: (up-down, left-right). The query, flipped and then rolled by `shift`, lies on the reference.
         shift: (Q, C, 2) whole pixels: (down, right).
     """
 
@@ -113,15 +109,12 @@ class CopySearch:
         return low / low.abs().square().sum(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-9)
 
     @torch.no_grad()
-    def search(
-        self, queries: Slices, other_subjects: bool = False, progress: bool = True, description: str = "search"
-    ) -> Matches:
+    def search(self, queries: Slices, other_subjects: bool = False) -> Matches:
         """The nearest reference slice of every query.
 
         Args:
             queries: Q slices of the reference's channels and size.
             other_subjects: do not compare a query with reference slices of its own subject.
-            progress, description: show a progress bar, and its text.
 
         Raises:
             ValueError: if the queries do not fit the reference.
@@ -133,13 +126,9 @@ class CopySearch:
             )
         count, channels = images.shape[:2]
         names = queries.names("slice")
-        found = Matches(
-            similarity=np.full((count, channels), np.nan),
-            index=np.full((count, channels), -1),
-            flip=np.zeros((count, channels, 2), dtype=bool),
-            shift=np.zeros((count, channels, 2), dtype=int),
-        )
-        for start in tqdm(range(0, count, _BATCH_SIZE), desc=description, disable=not progress):
+        flip, shift = (np.zeros((count, channels, 2), dtype=kind) for kind in (bool, int))
+        found = Matches(np.full((count, channels), np.nan), np.full((count, channels), -1), flip, shift)
+        for start in tqdm(range(0, count, _BATCH_SIZE), desc="search for copies", delay=2):
             for channel in range(channels):
                 rows = start + np.flatnonzero(queries.present[start : start + _BATCH_SIZE, channel])
                 allowed = np.repeat(self.present[None, :, channel], len(rows), axis=0)
@@ -200,9 +189,7 @@ def _as_vectors(spectra: torch.Tensor) -> torch.Tensor:
 
 
 class StructureRenderer:
-    """Renders anatomies under one fixed appearance, so that two of them can be compared like images.
-
-    The appearance is the mean style of the first modality that the training slices show.
+    """Renders anatomies under one appearance, the mean style of the first modality that the training slices show.
 
     Args:
         autoencoder: a `DisentangledAutoencoder` in evaluation mode, on the device to use.
@@ -215,19 +202,17 @@ class StructureRenderer:
         known = np.flatnonzero(train.present[:, modality])
         # A mean needs no more than 256 of them.
         known = known[np.linspace(0, len(known) - 1, min(len(known), 256)).round().astype(int)]
-        styles = [self._encode(train.images[rows], train.present[rows])[1] for rows in self._batches(known)]
+        styles = [posterior.style_dist.mode() for _, posterior in self._encode(train, known)]
         self.style = torch.cat(styles)[:, modality].mean(dim=0)
 
-    def _batches(self, rows: np.ndarray) -> list[np.ndarray]:
-        return [rows[start : start + 16] for start in range(0, len(rows), 16)]
-
     @torch.no_grad()
-    def _encode(self, images: np.ndarray, present: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior modes of structure and styles."""
+    def _encode(self, slices: Slices, rows: np.ndarray) -> Iterator[tuple[np.ndarray, DisentangledEncoderOutput]]:
+        """Batches of the rows, and what the autoencoder makes of them."""
         device, dtype = self.autoencoder.device, self.autoencoder.dtype
-        pixels = torch.from_numpy(images).to(device, dtype) / 255
-        output = self.autoencoder.encode(pixels, torch.from_numpy(present).to(device))
-        return output.structure_dist.mode(), output.style_dist.mode()
+        for start in tqdm(range(0, len(rows), 16), desc="encode", delay=2):
+            part = rows[start : start + 16]
+            pixels = torch.from_numpy(slices.images[part]).to(device, dtype) / 255
+            yield part, self.autoencoder.encode(pixels, torch.from_numpy(slices.present[part]).to(device))
 
     @torch.no_grad()
     def render(self, structure: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -239,16 +224,14 @@ class StructureRenderer:
             images.append(to_uint8(sample.float().clamp(0, 1)))
         return np.concatenate(images)
 
-    def add_channel(
-        self, slices: Slices, structure: torch.Tensor | np.ndarray | None = None, progress: bool = True
-    ) -> Slices:
+    def add_channel(self, slices: Slices, structure: torch.Tensor | np.ndarray | None = None) -> Slices:
         """The slices with one more channel: z_struct rendered, `structure` or, where that is None, that of the images."""
         rendered = np.zeros((len(slices), 1, *slices.images.shape[2:]), dtype=np.uint8)
         known = slices.present.any(axis=1) if structure is None else np.ones(len(slices), dtype=bool)
         if structure is not None:
             rendered[:, 0] = self.render(structure)
         else:
-            for rows in tqdm(self._batches(np.flatnonzero(known)), desc="encode structure", disable=not progress):
-                rendered[rows, 0] = self.render(self._encode(slices.images[rows], slices.present[rows])[0])
+            for rows, posterior in self._encode(slices, np.flatnonzero(known)):
+                rendered[rows, 0] = self.render(posterior.structure_dist.mode())
         images = np.concatenate([slices.images, rendered], axis=1)
         return Slices(images, slices.subjects, np.column_stack([slices.present, known]))

@@ -1,15 +1,15 @@
 """Where the information is: the modality should be in z_style and not in z_struct, the subject in z_struct and not in z_style.
 
-- [`modality_probe`]: a linear probe (logistic regression) is trained on one half of the *subjects* to predict the modality
-  of a code, and tested on the other half. It should always be right for styles, and no better than chance for structures,
-  each encoded from one modality alone.
+- [`modality_probe`]: a linear probe is trained on one half of the *subjects* to predict the modality of a code, and tested
+  on the other half. It should always be right for styles, and no better than chance for structures, each encoded from one
+  modality alone.
 - [`subject_probe`]: the code of one modality looks for its own subject among the codes of another modality. It should always
   be right for structures, and hardly better than chance for styles (no better, where the appearances of a subject's
   modalities are independent; the dose of a contrast agent, for example, shows in two of them).
 - [`structure_agreement`]: distance between the structures from two modalities of one subject, over that between two subjects.
 
-The swap test (styles exchanged) and cross-reconstruction (structure from one modality, style of another) need the decoder;
-they are `psnr["exchanged"]` and `psnr["single"]` of [`~dldm_pipeline.metrics.reconstruction.evaluate_reconstruction`].
+The swap test and cross-reconstruction need the decoder: `psnr["exchanged"]` and `psnr["single"]` of
+[`~dldm_pipeline.metrics.reconstruction.evaluate_reconstruction`].
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .reconstruction import EncodedSubjects, mean_over_subjects
+from .images import as_flags
+from .reconstruction import EncodedSubjects, mean_of_known, mean_over_subjects
 from .two_sample import auc
 
 try:
@@ -49,7 +50,7 @@ def _half_of(subjects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _standardise(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Features (N, F) with the mean and std of `reference` (M, F) removed; 0 where it is constant."""
+    """Features (N, F) with mean and std of `reference` (M, F) removed; 0 where it is constant."""
     mean, std = reference.mean(axis=0), reference.std(axis=0)
     return np.where(std > 0, (features - mean) / np.where(std > 0, std, 1.0), 0.0)
 
@@ -64,45 +65,41 @@ def modality_probe(
 ) -> dict:
     """Accuracy with which a linear probe predicts the modality of a code of an unseen subject.
 
-    Subjects are split into two halves at random. A multinomial logistic regression with L2 penalty is trained on the
-    standardised features of the first half and tested on the second, then the other way round, and the two accuracies
-    are averaged. The penalty is the one of `REGULARISATION` with the highest accuracy in a three-fold cross-validation,
-    by subject, inside the training half: the tested half chooses nothing.
+    A multinomial logistic regression with L2 penalty is trained on the standardised features of a random half of the
+    subjects and tested on the other, then the other way round. The penalty is the one of `REGULARISATION` with the highest
+    accuracy in a three-fold cross-validation, by subject, inside the training half: the tested half chooses nothing.
 
     Args:
-        codes: array of shape (N, n, ...); each code is flattened.
-        subjects: the N subject names; all codes of a subject are in the same half.
-        present: bool array (N, n), which codes exist; None for all.
-        shuffle: exchange the modality labels at random within each slice. Nothing is left to find then: the accuracy is
-            the probe's chance level on these very codes.
-        seed: seed of the split and of the shuffling.
+        codes: (N, n, ...); each code is flattened.
+        subjects: the N subject names.
+        present: bool (N, n), which codes exist; None for all.
+        shuffle: exchange the labels at random within each slice: the accuracy is then what these codes score by chance.
+        seed: of the split and of the shuffling.
 
     Returns:
-        dict with `accuracy` (in [0, 1], mean of the two halves), `chance` (fraction of the commonest modality, 1/n if
-        every subject has all), `recall` (list of n: fraction of each modality's codes that are predicted correctly),
-        `features` (their number), `num_codes`.
+        dict with `accuracy` (in [0, 1], mean of the two halves), `chance` (fraction of the commonest modality), `recall`
+        (n fractions of each modality's codes that are predicted correctly), `features` (their number), `num_codes`.
 
     Raises:
         ValueError: if there are fewer than 8 subjects.
     """
-    codes = np.asarray(codes)
+    codes, subjects = np.asarray(codes), np.asarray(subjects)
     count, n = codes.shape[:2]
-    present = np.ones((count, n), dtype=bool) if present is None else np.asarray(present, dtype=bool)
+    present = as_flags(present, (count, n))
     rng = np.random.default_rng(seed)
     labels = np.tile(np.arange(n), (count, 1))
     if shuffle:
         for row, here in zip(labels, present, strict=True):
             row[here] = rng.permutation(row[here])
     x, y = codes.reshape(count, n, -1)[present].astype(np.float64), labels[present]
-    groups = np.repeat(np.asarray(subjects)[:, None], n, axis=1)[present]
-    first_half = np.isin(groups, _half_of(np.asarray(subjects), rng))
+    groups = np.repeat(subjects[:, None], n, axis=1)[present]
+    first_half = np.isin(groups, _half_of(subjects, rng))
 
     accuracies, predicted = [], np.full(len(y), -1)
     for train in (first_half, ~first_half):
         features = _standardise(x, x[train]) / np.sqrt(x.shape[1])  # the squared norm of a code is about 1
         if x.shape[1] > train.sum():
-            # Rotated onto the span of the training codes, for speed alone: the weights of an L2-penalised linear model
-            # lie in that span, so no trace of the modality is lost.
+            # Rotated onto the span of the training codes, for speed alone: the weights of the model lie in it.
             features = features @ np.linalg.svd(features[train], full_matrices=False)[2].T
         probe = GridSearchCV(
             LogisticRegression(max_iter=500, tol=1e-3), {"C": REGULARISATION}, cv=GroupKFold(n_splits=3)
@@ -125,25 +122,20 @@ def subject_probe(
 
     Every code of modality A is a query, all codes of modality B are the gallery, and the most similar one (cosine) should
     be of the query's subject. Features are standardised within each modality first, because the difference between two
-    modalities would hide the subject. One slice a subject will do, and so will many.
+    modalities would hide the subject.
 
     Args:
-        codes: array of shape (N, n, ...); each code is flattened.
-        subjects: the N subject names.
-        present: bool array (N, n), which codes exist; None for all.
+        codes, subjects, present: as in [`modality_probe`].
         linear: predict the code of B from that of A by a ridge regression before the search, fitted on one half of the
             *subjects* and searching among the other half, both ways round. It also finds a subject that shows in other
             features of B than of A: the stricter test of codes that should *not* tell it.
-        seed: seed of the split into halves.
+        seed: of the split into halves.
 
     Returns:
-        dict with
-
-        - `accuracy`: in [0, 1], mean over ordered pairs of modalities
-        - `accuracy_by_pair`: n lists of n, [query][gallery]; NaN for a modality and itself, and for two that no slice has
-        - `chance`: fraction of the gallery that is of the query's subject: the accuracy of a random pick
-        - `auc`: probability that a code of the own subject is more similar than one of another; 0.5 is chance, whatever N
-        - `features`: their number
+        dict with `accuracy` (in [0, 1], mean over ordered pairs of modalities), `accuracy_by_pair` (n lists of n,
+        [query][gallery]; NaN on the diagonal, and for two that no slice has), `chance` (fraction of the gallery that is of
+        the query's subject: the accuracy of a random pick), `auc` (probability that a code of the own subject is more
+        similar than one of another; 0.5 is chance, whatever N) and `features` (their number).
 
     Raises:
         ValueError: if there are fewer than 8 subjects.
@@ -151,7 +143,7 @@ def subject_probe(
     codes = np.array(codes, dtype=np.float64)
     count, n = codes.shape[:2]
     codes, subjects = codes.reshape(count, n, -1), np.asarray(subjects)
-    present = np.ones((count, n), dtype=bool) if present is None else np.asarray(present, dtype=bool)
+    present = as_flags(present, (count, n))
     half = np.isin(subjects, _half_of(subjects, np.random.default_rng(seed)))
     for m in np.flatnonzero(present.any(axis=0)):
         codes[present[:, m], m] = _standardise(codes[present[:, m], m], codes[present[:, m], m])
@@ -174,9 +166,9 @@ def subject_probe(
             areas.append(auc(similarity[~same], similarity[same]))
         accuracy[a, b] = np.mean(hits) if hits else np.nan
     return {
-        "accuracy": float(np.nanmean(accuracy)) if chances else float("nan"),
-        "chance": float(np.mean(chances)) if chances else float("nan"),
-        "auc": float(np.mean(areas)) if chances else float("nan"),
+        "accuracy": float(mean_of_known(accuracy)),
+        "chance": float(mean_of_known(chances)),
+        "auc": float(mean_of_known(areas)),
         "accuracy_by_pair": accuracy.tolist(),
         "features": int(codes.shape[2]),
     }
@@ -188,10 +180,7 @@ def structure_agreement(codes: np.ndarray, subjects: list[str], present: np.ndar
     Euclidean, each channel divided by its std, as the denoiser sees it. The distance between subjects is the mean over
     all pairs of different subjects, for the same two modalities.
 
-    Args:
-        codes: array of shape (N, n, c, h, w), each from one modality alone.
-        subjects: the N subject names.
-        present: bool array (N, n), which codes exist; None for all.
+    `codes` (N, n, c, h, w) are each from one modality alone; `subjects` and `present` are as in [`modality_probe`].
 
     Returns:
         dict with `ratio` (0: the modality does not matter; 1: two modalities of one subject differ as much as two
@@ -199,7 +188,7 @@ def structure_agreement(codes: np.ndarray, subjects: list[str], present: np.ndar
     """
     codes, subjects = np.asarray(codes, dtype=np.float64), np.asarray(subjects)
     count, n = codes.shape[:2]
-    present = np.ones((count, n), dtype=bool) if present is None else np.asarray(present, dtype=bool)
+    present = as_flags(present, (count, n))
     std = codes[present].std(axis=(0, 2, 3))[:, None, None]
     codes = (codes / np.where(std > 0, std, 1.0)).reshape(count, n, -1)
     within, between = np.full((n, n), np.nan), np.full((n, n), np.nan)
@@ -214,23 +203,19 @@ def structure_agreement(codes: np.ndarray, subjects: list[str], present: np.ndar
     ratio = within / between
     known = np.isfinite(ratio)
     means = {"ratio": ratio, "within": within, "between": between}
-    return {"ratio_by_pair": ratio.tolist()} | {
-        name: float(values[known].mean()) if known.any() else float("nan") for name, values in means.items()
-    }
+    return {"ratio_by_pair": ratio.tolist()} | {name: float(mean_of_known(v[known])) for name, v in means.items()}
 
 
-def evaluate_disentanglement(encoded: EncodedSubjects, progress: bool = True, seed: int = 0) -> dict:
+def evaluate_disentanglement(encoded: EncodedSubjects, seed: int = 0) -> dict:
     """Probes the styles, the structures from single modalities, and, for comparison, the images themselves.
 
-    Two linear probes see the structure: one its spatial mean, one the whole flattened code. The figure that counts is the
-    higher of the two. A third one also sees the std over space. That is no linear function of the code, and it is expected
-    to find something: a modality that shows less of the anatomy gives a code that varies less. It is reported and does
-    not count.
+    Two linear probes see the structure: one its spatial mean, one the whole code; the higher of the two counts. A third
+    one also sees the std over space, which is no linear function of the code. It is expected to find something, as a
+    modality that shows less of the anatomy gives a code that varies less, and does not count.
 
     Args:
         encoded: from [`~dldm_pipeline.metrics.reconstruction.encode_subjects`].
-        progress: show a progress bar.
-        seed: seed of the split into halves.
+        seed: of the split into halves.
 
     Returns:
         dict with
@@ -262,19 +247,21 @@ def evaluate_disentanglement(encoded: EncodedSubjects, progress: bool = True, se
         "subject_images": (subject_probe, blocks, False),
     }
     result = {}
-    for name, (probe, codes, option) in tqdm(probes.items(), desc="probe", disable=not progress):
+    for name, (probe, codes, option) in tqdm(probes.items(), desc="probe"):
         result[name] = probe(codes, subjects, present, option, seed)  # option: `shuffle`, or `linear`
+
+    def over_chance(probe: dict) -> float:
+        return probe["accuracy"] - probe["chance"]
+
     structure = max(result["structure_mean"], result["structure_full"], key=lambda probe: probe["accuracy"])
-    style = max(
-        result["subject_style"], result["subject_style_linear"], key=lambda probe: probe["accuracy"] - probe["chance"]
-    )
+    style = max(result["subject_style"], result["subject_style_linear"], key=over_chance)
     return {
         **result,
         "style_accuracy": result["style"]["accuracy"],
         "structure_accuracy": structure["accuracy"],
-        "structure_over_chance": 100.0 * (structure["accuracy"] - structure["chance"]),
+        "structure_over_chance": 100.0 * over_chance(structure),
         "subject_structure_accuracy": result["subject_structure"]["accuracy"],
         "subject_style_accuracy": style["accuracy"],
-        "subject_style_over_chance": 100.0 * (style["accuracy"] - style["chance"]),
+        "subject_style_over_chance": 100.0 * over_chance(style),
         "structure_agreement": structure_agreement(single, subjects, present),
     }

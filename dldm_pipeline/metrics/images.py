@@ -28,39 +28,32 @@ def to_uint8(images: np.ndarray | torch.Tensor, name: str = "images") -> np.ndar
     if not np.issubdtype(images.dtype, np.floating):
         raise TypeError(f"{name} are {images.dtype}: give floats in [0, 1], or uint8 from 0 to 255.")
     if not ((images >= 0) & (images <= 1)).all():  # NaN fails both
-        raise ValueError(
-            f"{name} span {images.min():g} to {images.max():g}: floats must be in [0, 1]. Scale them by one window per "
-            "volume, or clip what a decoder put slightly outside."
-        )
+        span = f"{name} span {images.min():g} to {images.max():g}: floats must be in [0, 1]."
+        raise ValueError(f"{span} Scale them by one window per volume, or clip what a decoder put slightly outside.")
     return np.rint(images * 255.0).astype(np.uint8)
 
 
 def check_images(images: np.ndarray, name: str = "images") -> None:
-    """Raises one clear error unless `images` are 8-bit grey images (N, H, W) that use the 0-255 range.
-
-    Args:
-        images: array, or anything with its `dtype`, `shape` and slicing (a memory map, for example).
-        name: what the message calls them.
+    """Raises one clear error unless `images`, an array or a memory map, are 8-bit grey ones that use the 0-255 range.
 
     Raises:
         TypeError: if the dtype is not uint8.
         ValueError: if the shape is not (N, H, W), N is 0, or no intensity exceeds 1.
     """
     if images.dtype != np.uint8:
-        raise TypeError(
-            f"{name} are {images.dtype}: give uint8 images in 0-255; images in [0, 1] make every distance thousands of "
-            "times too small. Convert them by to_uint8(images)."
-        )
+        fix = "distances of images in [0, 1] are thousands of times too small: convert them by to_uint8(images)"
+        raise TypeError(f"{name} are {images.dtype}: give uint8 images in 0-255; {fix}.")
     if len(images.shape) != 3 or images.shape[0] == 0:
-        raise ValueError(
-            f"{name} have shape {tuple(images.shape)}: give at least one grey image, (N, H, W), one modality at a time, "
-            "images[:, m], and no colour channels."
-        )
+        fix = "give at least one grey image, (N, H, W), one modality at a time, images[:, m]"
+        raise ValueError(f"{name} have shape {tuple(images.shape)}: {fix}.")
     if max(int(np.max(images[start : start + 256])) for start in range(0, len(images), 256)) <= 1:
-        raise ValueError(
-            f"{name} hold nothing above 1 of 255: [0, 1] images cast to uint8 without scaling. "
-            "Convert the original floats by to_uint8(images)."
-        )
+        fix = "[0, 1] images cast to uint8 without scaling. Convert the original floats by to_uint8(images)"
+        raise ValueError(f"{name} hold nothing above 1 of 255: {fix}.")
+
+
+def as_flags(flags: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """`flags` as a bool array; all True, of `shape`, for None."""
+    return np.ones(shape, dtype=bool) if flags is None else np.asarray(flags, dtype=bool)
 
 
 @dataclass(eq=False)
@@ -69,7 +62,7 @@ class Slices:
 
     Args:
         images: (N, n, H, W), uint8 in 0-255, or floats in [0, 1], which are converted by [`to_uint8`].
-        subjects: N subject names, one a slice; every slice is a subject of its own if None.
+        subjects: N subject names; every slice is a subject of its own if None.
         present: bool (N, n), which images are there; all if None.
 
     Raises:
@@ -89,7 +82,7 @@ class Slices:
             if self.subjects.shape != (len(self),):
                 raise ValueError(f"subjects has {len(self.subjects)} names for {len(self)} slices; give one for each.")
         shape = self.images.shape[:2]
-        self.present = np.ones(shape, dtype=bool) if self.present is None else np.asarray(self.present, dtype=bool)
+        self.present = as_flags(self.present, shape)
         if self.present.shape != shape:
             raise ValueError(f"present has shape {self.present.shape}; with these images it must be {shape}.")
 
@@ -109,13 +102,8 @@ class Slices:
             )
 
 
-def read_slices(dataset: Dataset, max_items: int | None = None, progress: bool = True) -> Slices:
-    """Reads a data set into memory as 8-bit images.
-
-    Args:
-        dataset: a `SliceDataset`, or anything with its items: `images` (n, H, W), `present` (n,), `subject`.
-        max_items: at most this many slices, evenly spaced over the whole set; all if None.
-        progress: show a progress bar.
+def evenly_spaced(dataset: Dataset, max_items: int | None = None) -> Subset:
+    """At most `max_items` items, evenly spaced over the whole set; all if None.
 
     Raises:
         ValueError: if the data set is empty, or `max_items` is below 1.
@@ -123,9 +111,18 @@ def read_slices(dataset: Dataset, max_items: int | None = None, progress: bool =
     count = len(dataset) if max_items is None else min(max_items, len(dataset))
     if count < 1:
         raise ValueError(f"dataset has {len(dataset)} slices, max_items={max_items}: at least one slice is needed.")
-    dataset = Subset(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
+    return Subset(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
+
+
+def read_slices(dataset: Dataset, max_items: int | None = None) -> Slices:
+    """Reads a data set, or `max_items` evenly spaced slices of it, into memory as 8-bit images.
+
+    Args:
+        dataset: a `SliceDataset`, or anything with its items: `images` (n, H, W), `present` (n,), `subject`.
+        max_items: see [`evenly_spaced`].
+    """
     images, subjects, present = [], [], []
-    for batch in tqdm(DataLoader(dataset, batch_size=32), desc="read", disable=not progress):
+    for batch in tqdm(DataLoader(evenly_spaced(dataset, max_items), batch_size=32), desc="read"):
         images.append(to_uint8(batch["images"]))
         subjects += list(batch["subject"])
         present.append(batch["present"].numpy())

@@ -4,13 +4,10 @@ Five questions, each with one figure for each modality:
 
 1. How close is the rebuilt image? PSNR with the structure of all modalities.
 2. Is the structure the same whichever modality it came from? PSNR with the structure of one modality alone.
-3. Does the style carry appearance only? PSNR with the style of another subject (same modality). The target is the structure's
-   own subject, because another appearance must not move the anatomy.
+3. Does the style carry appearance only? PSNR with the style of another subject (same modality) against the structure's own
+   image, because another appearance must not move the anatomy.
 4. Is the image sharp? Radial power spectrum of the rebuilt images over that of the real ones.
 5. Is the tumour found? Dice of the mask, which is decoded from the structure alone.
-
-The figures are plain functions of arrays. `encode_subjects` and `evaluate_reconstruction` apply them to a
-[`~dldm_pipeline.autoencoder_disentangled.DisentangledAutoencoder`].
 """
 
 from __future__ import annotations
@@ -20,26 +17,18 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+
+from .images import evenly_spaced
 
 Images = TypeVar("Images", np.ndarray, torch.Tensor)
 
 
 def psnr(real: Images, rebuilt: Images) -> Images:
-    """Peak signal-to-noise ratio in dB over the whole image, for a data range of 1.
+    """Peak signal-to-noise ratio in dB, `10 log10(1 / mean((real - rebuilt)²))` over the whole image, background included.
 
-    `10 log10(1 / mean((real - rebuilt)²))`, with the background counted like every other pixel. Identical images give
-    infinity.
-
-    Args:
-        real, rebuilt: arrays or tensors of the same shape (..., H, W), intensities in [0, 1].
-
-    Returns:
-        Array or tensor of shape (...,): one value per image.
-
-    Raises:
-        ValueError: if the shapes differ.
+    Of arrays or tensors (..., H, W) in [0, 1]: (...,), infinity for identical images. A ValueError where shapes differ.
     """
     if real.shape != rebuilt.shape:
         raise ValueError(f"real has shape {real.shape} and rebuilt {rebuilt.shape}: PSNR needs equal shapes.")
@@ -50,16 +39,9 @@ def psnr(real: Images, rebuilt: Images) -> Images:
 
 
 def dice(real: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Dice overlap `2 |A∩B| / (|A| + |B|)` of binary masks; 1 where both are empty.
+    """Dice overlap `2 |A∩B| / (|A| + |B|)` in [0, 1] of binary masks; 1 where both are empty.
 
-    Args:
-        real, predicted: arrays of the same shape (..., H, W); non-zero means tumour.
-
-    Returns:
-        Array of shape (...,): one value in [0, 1] per mask.
-
-    Raises:
-        ValueError: if the shapes differ.
+    Of arrays (..., H, W), in which non-zero means tumour: (...,). A ValueError where shapes differ.
     """
     real, predicted = np.asarray(real, dtype=bool), np.asarray(predicted, dtype=bool)
     if real.shape != predicted.shape:
@@ -74,13 +56,7 @@ def radial_power_spectrum(images: np.ndarray) -> np.ndarray:
 
     Rings are one cycle per image wide (per shorter side, if the image is not square). Ring r holds the frequencies whose
     radius rounds to r: ring 0 is the mean intensity alone, and the last of the `min(H, W) // 4 + 1` rings is half the
-    Nyquist frequency. No window is applied, because the brain lies on an empty background.
-
-    Args:
-        images: array of shape (..., H, W).
-
-    Returns:
-        Array of shape (..., rings).
+    Nyquist frequency. No window is applied, because the brain lies on an empty background. From (..., H, W) to (..., rings).
     """
     images = np.asarray(images, dtype=np.float64)
     height, width = images.shape[-2:]
@@ -91,12 +67,7 @@ def radial_power_spectrum(images: np.ndarray) -> np.ndarray:
 
 
 def compare_spectra(real: np.ndarray, other: np.ndarray, modalities: list[str]) -> dict:
-    """Compares ring powers, averaged over images, of two sets of images, modality by modality.
-
-    Args:
-        real, other: arrays of shape (N, n, rings) and (M, n, rings) from [`radial_power_spectrum`]; NaN for an image
-            that is missing. The sets need not show the same subjects.
-        modalities: the n names.
+    """Compares mean ring powers, (N, n, rings) and (M, n, rings) with NaN for a missing image, of `modalities`.
 
     Returns:
         dict with `ratio` (name → list: mean power of `other` over mean power of `real`, per ring), `ratio_mean` (its
@@ -115,25 +86,20 @@ def compare_spectra(real: np.ndarray, other: np.ndarray, modalities: list[str]) 
 
 
 def mean_over_subjects(values: np.ndarray, subjects: list[str]) -> np.ndarray:
-    """Mean within each subject's slices, then over subjects, so that a subject with many slices counts once.
+    """Mean of `values` (N, ...) within each subject's slices, then over subjects: one with many slices counts once.
 
-    Args:
-        values: array of shape (N, ...); NaN is left out.
-        subjects: the N subject names.
-
-    Returns:
-        Array of shape (...,); NaN where there was no value at all.
+    NaN is left out, and stands in the result (...,) where there was no value at all.
     """
     values, names = np.asarray(values, dtype=np.float64), np.asarray(subjects)
-    means = np.stack([_nanmean(values[names == name]) for name in np.unique(names)])
-    return _nanmean(means)
+    return mean_of_known(np.stack([mean_of_known(values[names == name], 0) for name in np.unique(names)]), 0)
 
 
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """`np.nanmean` over the first axis that gives NaN for an empty slice without a warning."""
+def mean_of_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """`np.nanmean`, which gives NaN without a warning where nothing is known."""
+    values = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(values)
-    count = known.sum(axis=0)
-    return np.where(count > 0, np.where(known, values, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
+    count = known.sum(axis=axis)
+    return np.where(count > 0, np.where(known, values, 0.0).sum(axis=axis) / np.maximum(count, 1), np.nan)
 
 
 def exchange_partners(subjects: list[str], present: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -142,14 +108,8 @@ def exchange_partners(subjects: list[str], present: np.ndarray, seed: int = 0) -
     Subjects are put in a random order. Every slice takes the one that is as many places further on as the largest subject
     has slices: that is always another subject, and every slice is used once.
 
-    Args:
-        subjects: the N subject names.
-        present: bool array of shape (N, n).
-        seed: seed of the random order.
-
-    Returns:
-        int array of shape (N, n): the partner's index; -1 where the modality is missing, or where one subject has more
-        than half of its slices, so that no such exchange exists.
+    `subjects` are N names and `present` is bool (N, n). Returns int (N, n), the partner's index; -1 where the modality is
+    missing, or where one subject has more than half of its slices, so that no such exchange exists.
     """
     names, present = np.asarray(subjects), np.asarray(present, dtype=bool)
     partners = np.full(present.shape, -1)
@@ -170,12 +130,10 @@ class EncodedSubjects:
     """Held-out slices with their latents (posterior modes), as numpy arrays.
 
     Attributes:
-        modalities: the n names.
-        subjects: N subject names, one per slice.
+        modalities, subjects: the n names, and those of the N slices' subjects.
         images: (N, n, H, W) float32 in [0, 1]; zeros where missing.
         present: (N, n) bool.
-        masks: (N, H, W) bool.
-        has_mask: (N,) bool.
+        masks, has_mask: (N, H, W) and (N,) bool.
         structure: (N, c_s, h, w), from all modalities present.
         single_structures: (N, n, c_s, h, w), from modality m alone; NaN where missing.
         styles: (N, n, c_t); NaN where missing.
@@ -194,39 +152,21 @@ class EncodedSubjects:
 
 @torch.no_grad()
 def encode_subjects(
-    autoencoder: torch.nn.Module,
-    dataset: Dataset,
-    max_items: int | None = None,
-    batch_size: int = 16,
-    progress: bool = True,
+    autoencoder: torch.nn.Module, dataset: Dataset, max_items: int | None = None, batch_size: int = 16
 ) -> EncodedSubjects:
     """Encodes slices once with every modality present and once with each modality alone.
 
     Args:
         autoencoder: a `DisentangledAutoencoder` in evaluation mode, on the device to use.
-        dataset: a `SliceDataset`, or anything with its items: `images` (n, H, W), `present` (n,), `mask` (H, W),
-            `has_mask`, `subject`.
-        max_items: at most this many slices, taken at even distances over the whole set; all if None.
+        dataset, max_items: a `SliceDataset`, or a list of its items; see [`~dldm_pipeline.metrics.images.evenly_spaced`].
         batch_size: slices per encoder call.
-        progress: show a progress bar.
-
-    Returns:
-        [`EncodedSubjects`].
 
     Raises:
         ValueError: if the dataset is empty or its images do not have the model's number of modalities.
     """
     modalities = list(autoencoder.config.modalities)
-    total = len(dataset)
-    if total == 0:
-        raise ValueError("dataset has no slices: nothing to evaluate. Give a set with held-out subjects.")
-    if max_items is not None and max_items < 1:
-        raise ValueError(f"max_items={max_items}: at least one slice is needed.")
-    if max_items is not None and max_items < total:
-        dataset = Subset(dataset, np.linspace(0, total - 1, max_items).round().astype(int).tolist())
-
     parts = []
-    for batch in tqdm(DataLoader(dataset, batch_size=batch_size), desc="encode", disable=not progress):
+    for batch in tqdm(DataLoader(evenly_spaced(dataset, max_items), batch_size=batch_size), desc="encode"):
         images, present = batch["images"], batch["present"].bool()
         if images.shape[1] != len(modalities):
             raise ValueError(
@@ -235,9 +175,8 @@ def encode_subjects(
             )
         alone = [present, *torch.eye(len(modalities), dtype=torch.bool)[:, None].expand(-1, len(present), -1)]
         # Several subsets of the same images share the per-modality features, which are nearly all of the cost.
-        subsets = autoencoder.encode_subsets(
-            images.to(autoencoder.device), [one.to(autoencoder.device) for one in alone]
-        )
+        device = autoencoder.device
+        subsets = autoencoder.encode_subsets(images.to(device), [one.to(device) for one in alone])
         full, *single = [output.structure_dist.mode().float().cpu() for output in subsets]
         single, styles = torch.stack(single, dim=1), subsets[0].style_dist.mode().float().cpu()
         single[~present] = styles[~present] = torch.nan
@@ -257,21 +196,15 @@ def _decode(autoencoder: torch.nn.Module, structure: np.ndarray, styles: np.ndar
 
 
 def rebuild(
-    autoencoder: torch.nn.Module, encoded: EncodedSubjects, batch_size: int = 16, progress: bool = True
+    autoencoder: torch.nn.Module, encoded: EncodedSubjects, batch_size: int = 16
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes every slice from the structure of all its modalities and its own styles.
-
-    Args:
-        autoencoder: the model that made `encoded`.
-        encoded: from [`encode_subjects`].
-        batch_size: slices per decoder call.
-        progress: show a progress bar.
+    """Decodes every slice from the structure of all its modalities and its own styles, with the model that encoded it.
 
     Returns:
         images (N, n, H, W) float32 in [0, 1], zeros where the modality is missing, and masks (N, H, W) bool.
     """
     parts = []
-    for start in tqdm(range(0, len(encoded.subjects), batch_size), desc="rebuild", disable=not progress):
+    for start in tqdm(range(0, len(encoded.subjects), batch_size), desc="rebuild"):
         rows = slice(start, start + batch_size)
         parts.append(_decode(autoencoder, encoded.structure[rows], encoded.styles[rows]))
     images, masks = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -279,20 +212,17 @@ def rebuild(
 
 
 def evaluate_reconstruction(
-    autoencoder: torch.nn.Module, encoded: EncodedSubjects, batch_size: int = 16, progress: bool = True, seed: int = 0
+    autoencoder: torch.nn.Module, encoded: EncodedSubjects, batch_size: int = 16, seed: int = 0
 ) -> dict:
     """Decodes the latents of held-out slices in all ways that the questions above need, and scores the results.
 
-    Rebuilt images are clipped to [0, 1] first, as a saved image is. A mask pixel is tumour where its logit is positive.
-    Means are over subjects (see [`mean_over_subjects`]). Styles always come from the full set of modalities, so that
-    "structure from one alone" changes the structure only.
+    Rebuilt images are clipped to [0, 1] first, as a saved image is. Means are [`mean_over_subjects`]. Styles always come
+    from the full set of modalities, so that "structure from one alone" changes the structure only.
 
     Args:
-        autoencoder: the model that made `encoded`.
-        encoded: from [`encode_subjects`].
+        autoencoder, encoded: the model, and what [`encode_subjects`] made of it.
         batch_size: slices per decoder call.
-        progress: show a progress bar.
-        seed: seed of the choice of partners for the exchange of styles.
+        seed: of the exchange of styles.
 
     Returns:
         dict of plain numbers:
@@ -309,19 +239,18 @@ def evaluate_reconstruction(
     """
     names, subjects, count, n = encoded.modalities, encoded.subjects, len(encoded.subjects), len(encoded.modalities)
     partners, columns = exchange_partners(subjects, encoded.present, seed), np.arange(n)
-    full, swapped, floor = (np.full((count, n), np.nan) for _ in range(3))
-    single = np.full((count, n, n), np.nan)
-    overlap, overlap_single = np.full(count, np.nan), np.full((count, n), np.nan)
+    full, swapped, floor, overlap_single = (np.full((count, n), np.nan) for _ in range(4))
+    single, overlap = np.full((count, n, n), np.nan), np.full(count, np.nan)
     spectra: dict[str, list[np.ndarray]] = {"real": [], "rebuilt": []}
 
-    for start in tqdm(range(0, count, batch_size), desc="rebuild in all ways", disable=not progress):
+    for start in tqdm(range(0, count, batch_size), desc="rebuild in all ways"):
         rows = slice(start, start + batch_size)
         real, present, partner = encoded.images[rows], encoded.present[rows], partners[rows]
-        labelled = encoded.has_mask[rows]
+        true, labelled = encoded.masks[rows], encoded.has_mask[rows]
 
         rebuilt, mask = _decode(autoencoder, encoded.structure[rows], encoded.styles[rows])
         full[rows] = np.where(present, psnr(real, rebuilt), np.nan)
-        overlap[rows] = np.where(labelled, dice(encoded.masks[rows], mask), np.nan)
+        overlap[rows] = np.where(labelled, dice(true, mask), np.nan)
         for key, images in (("real", real), ("rebuilt", rebuilt)):
             spectra[key].append(np.where(present[..., None], radial_power_spectrum(images), np.nan))
 
@@ -332,39 +261,39 @@ def evaluate_reconstruction(
         for m in range(n):
             rebuilt, mask = _decode(autoencoder, encoded.single_structures[rows, m], encoded.styles[rows])
             single[rows, m] = np.where(present & present[:, m : m + 1], psnr(real, rebuilt), np.nan)
-            alone = labelled & present[:, m]
-            overlap_single[rows, m] = np.where(alone, dice(encoded.masks[rows], mask), np.nan)
+            overlap_single[rows, m] = np.where(labelled & present[:, m], dice(true, mask), np.nan)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return mean_over_subjects(values, subjects)
 
     def by_name(values: np.ndarray) -> dict[str, float]:
         return dict(zip(names, values.tolist(), strict=True))
 
-    full_mean, single_mean = mean_over_subjects(full, subjects), mean_over_subjects(single, subjects)
+    all_given, overlap = mean(full), mean(overlap)
     # Costs are differences within the same slice, so that a missing modality does not change them.
-    exchange_cost = mean_over_subjects(full - swapped, subjects)
-    single_cost = mean_over_subjects(full[:, None, :] - single, subjects)
+    exchange_cost, single_cost = mean(full - swapped), mean(full[:, None, :] - single)
     others = np.where(np.eye(n, dtype=bool), np.nan, single_cost)
-    mask_dice, mask_dice_single = mean_over_subjects(overlap, subjects), mean_over_subjects(overlap_single, subjects)
     return {
         "num_slices": count,
         "num_subjects": len(set(subjects)),
         "modalities": list(names),
         "psnr": {
-            "all": by_name(full_mean),
-            "exchanged": by_name(mean_over_subjects(swapped, subjects)),
-            "another_subject": by_name(mean_over_subjects(floor, subjects)),
-            "single": {name: by_name(single_mean[m]) for m, name in enumerate(names)},
+            "all": by_name(all_given),
+            "exchanged": by_name(mean(swapped)),
+            "another_subject": by_name(mean(floor)),
+            "single": dict(zip(names, map(by_name, mean(single)), strict=True)),
         },
-        "psnr_mean": float(np.nanmean(full_mean)),
-        "psnr_worst": float(np.nanmin(full_mean)),
-        "psnr_best": float(np.nanmax(full_mean)),
-        "psnr_spread": float(np.nanmax(full_mean) - np.nanmin(full_mean)),
+        "psnr_mean": float(np.nanmean(all_given)),
+        "psnr_worst": float(np.nanmin(all_given)),
+        "psnr_best": float(np.nanmax(all_given)),
+        "psnr_spread": float(np.nanmax(all_given) - np.nanmin(all_given)),
         "exchange_cost": by_name(exchange_cost),
-        "exchange_cost_mean": float(_nanmean(exchange_cost)),
+        "exchange_cost_mean": float(mean_of_known(exchange_cost)),
         "exchange_cost_worst": float(np.max(exchange_cost)),
-        "single_cost": by_name(_nanmean(single_cost.T)),
-        "single_cost_mean": float(_nanmean(single_cost.ravel())),
-        "single_cost_mean_others": float(_nanmean(others.ravel())),
-        "mask_dice": None if np.isnan(mask_dice) else float(mask_dice),
-        "mask_dice_single": None if np.isnan(mask_dice) else by_name(mask_dice_single),
+        "single_cost": by_name(mean_of_known(single_cost, 1)),
+        "single_cost_mean": float(mean_of_known(single_cost)),
+        "single_cost_mean_others": float(mean_of_known(others)),
+        "mask_dice": None if np.isnan(overlap) else float(overlap),
+        "mask_dice_single": None if np.isnan(overlap) else by_name(mean(overlap_single)),
         "spectrum": compare_spectra(np.concatenate(spectra["real"]), np.concatenate(spectra["rebuilt"]), list(names)),
     }

@@ -24,6 +24,8 @@ from PIL import Image
 from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.sheet import save_png, subjects_sheet
 
+from .reconstruction import mean_of_known
+
 Table = list[list]  # rows of cells: the names of the columns, then rows that begin with their name
 
 # Table 1 of Na et al., MIDL 2023: averages over the sequences, 1,000 generated images each.
@@ -61,15 +63,15 @@ def write_report(results: dict, pictures: Mapping[str, Path], folder: str | os.P
     Args:
         results: what `examples/evaluate.py` returns, or its `metrics.json`; what was not measured has no section.
         pictures: `scores`, `systems`, `steps`, `closest_pairs` → PNG file.
-        folder: where to write. Links in the Markdown start there.
+        folder: where to write, and where links in the Markdown start.
 
     Returns:
         The Markdown.
     """
     links = {name: Path(os.path.relpath(path, folder)).as_posix() for name, path in pictures.items()}
-    data = {name: base64.b64encode(Path(path).read_bytes()).decode() for name, path in pictures.items()}
+    codes = {name: base64.b64encode(Path(path).read_bytes()).decode() for name, path in pictures.items()}
     text = _render("markdown", results, links)
-    page = _render("html", results, {name: f"data:image/png;base64,{code}" for name, code in data.items()})
+    page = _render("html", results, {name: f"data:image/png;base64,{code}" for name, code in codes.items()})
     write_text(Path(folder) / "report.md", text)
     write_text(Path(folder) / "report.html", page)
     return text
@@ -77,13 +79,8 @@ def write_report(results: dict, pictures: Mapping[str, Path], folder: str | os.P
 
 def _render(format: str, results: dict, pictures: dict[str, str]) -> str:
     """The report's template with the macros of `markdown.jinja` or `html.jinja`."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=format == "html",
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader, options = FileSystemLoader(Path(__file__).parent / "templates"), dict(trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=loader, autoescape=format == "html", undefined=StrictUndefined, **options)
     environment.filters |= {"show": show, "inline": _inline_html if format == "html" else _inline}
     titles = _score_titles(results["fidelity"]["DLDM"]) if "fidelity" in results else {}
     text = environment.get_template("report.jinja").render(
@@ -93,11 +90,12 @@ def _render(format: str, results: dict, pictures: dict[str, str]) -> str:
 
 
 def _inline(text: str) -> str:
-    """A paragraph or cell on one line. In HTML, which is escaped, `backticks` mark code."""
+    """A paragraph or cell on one line."""
     return " ".join(text.split())
 
 
 def _inline_html(text: str) -> Markup:
+    """The same, escaped; `backticks` mark code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", _inline(str(escape(text)))))
 
 
@@ -111,11 +109,9 @@ def show(value: object) -> str:
 
 
 def plot_scores(fidelity: dict[str, dict], path: str | os.PathLike) -> None:
-    """Plots every score in every modality, with its interval: one panel a score, one colour a system.
+    """Plots every score in every modality, with its interval, as PNG: one panel a score, one colour a system.
 
-    Args:
-        fidelity: system → result of [`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`].
-        path: PNG file to write.
+    `fidelity`: system → result of [`~dldm_pipeline.metrics.fidelity.evaluate_fidelity`].
     """
     first = fidelity["DLDM"]
     names, scores, systems = [*first["modalities"], "mean"], list(first["scores"]), _with_floor(fidelity)
@@ -141,12 +137,7 @@ def plot_scores(fidelity: dict[str, dict], path: str | os.PathLike) -> None:
 
 
 def plot_steps(steps: dict, path: str | os.PathLike) -> None:
-    """Plots distance and time against the number of denoising steps of the structure.
-
-    Args:
-        steps: from [`~dldm_pipeline.metrics.comparison.Comparison.steps`].
-        path: PNG file to write.
-    """
+    """Plots distance and time against the steps of [`~dldm_pipeline.metrics.comparison.Comparison.steps`] as PNG."""
     keys = ("num_inference_steps", "frechet_distance", "seconds_per_subject")
     counts, distances, times = zip(*([entry[key] for key in keys] for entry in steps["entries"]), strict=True)
     figure = Figure(figsize=(5.0, 3.2), layout="constrained")
@@ -154,9 +145,7 @@ def plot_steps(steps: dict, path: str | os.PathLike) -> None:
     axes.plot(counts, distances, "o-", label="DLDM")
     if steps["floor"] is not None:
         axes.axhline(steps["floor"]["frechet_distance"], color="grey", linestyle=":", label=SECOND)
-    axes.set_xticks(counts)
-    axes.set_xlabel("structure steps")
-    axes.set_ylabel("Fréchet distance")
+    axes.set(xticks=counts, xlabel="structure steps", ylabel="Fréchet distance")
     axes.set_ylim(bottom=0)
     seconds = axes.twinx()
     seconds.plot(counts, times, "s--", color="tab:red")
@@ -179,32 +168,19 @@ def systems_sheet(
     generated: dict[str, np.ndarray],
     modalities: Sequence[str],
     path: str | os.PathLike,
-    rows: int = 2,
 ) -> None:
-    """Saves the paper's figure 2: real subjects, then those of each system, one column a modality.
+    """Saves the paper's figure 2 as PNG: the first and last real subject, then the first two of each system.
 
-    The real subjects are evenly spaced, the others are the first ones: they are not selected.
-
-    Args:
-        real: uint8 (N, n, H, W).
-        real_present: bool (N, n), which images are there.
-        generated: system → uint8 (S, n, H, W).
-        modalities: the n names.
-        path: PNG file to write.
-        rows: subjects of each.
+    Images are uint8 (N, n, H, W), and `real_present` is bool (N, n).
     """
-    shown = np.linspace(0, len(real) - 1, min(rows, len(real))).astype(int)
+    shown = np.linspace(0, len(real) - 1, min(2, len(real))).astype(int)
     first = [[x if there else None for x, there in zip(real[i], real_present[i], strict=True)] for i in shown]
-    synthetic = {f"synthetic, {name}": (images[:rows], None) for name, images in generated.items()}
+    synthetic = {f"synthetic, {name}": (images[:2], None) for name, images in generated.items()}
     subjects_sheet(path, modalities, {"real": (first, None)} | synthetic)
 
 
 def build_tables(results: dict) -> dict:
-    """Name → table of the report, for what was measured; `alignment` is a dictionary of tables, one a measure.
-
-    Args:
-        results: see [`write_report`].
-    """
+    """Name → table, for what was measured; `alignment` is a dictionary of tables. `results` as in [`write_report`]."""
     tables = _alignment_tables(results["alignment"], results["segmenter_dice"])
     tables |= _reconstruction_tables(results["reconstruction"])
     if "left_out" not in results["disentanglement"]:
@@ -218,11 +194,10 @@ def build_tables(results: dict) -> dict:
     if "steps" in results:
         scores = ("frechet_distance", "kernel_distance", "precision", "recall")
         keys = ("num_inference_steps", *scores, "seconds_per_subject")
-        floor = (
-            [] if results["steps"]["floor"] is None else [{"num_inference_steps": SECOND} | results["steps"]["floor"]]
-        )
+        entries, floor = results["steps"]["entries"], results["steps"]["floor"]
+        entries = entries + ([] if floor is None else [{"num_inference_steps": SECOND} | floor])
         tables["steps"] = [["structure steps", "Fréchet", "kernel", "precision", "recall", "seconds a subject"]]
-        tables["steps"] += [[entry.get(key) for key in keys] for entry in [*results["steps"]["entries"], *floor]]
+        tables["steps"] += [[entry.get(key) for key in keys] for entry in entries]
     if "memorization" in results:
         tables |= _memorization_tables(results["memorization"])
     if "generation" in results:
@@ -238,10 +213,7 @@ def mean_scores(fidelity: dict[str, dict]) -> dict[str, dict[str, float]]:
 
 
 def claims(scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What the paper claims of DLDM, as figures, where the systems they need are there.
-
-    Args:
-        scores: `PAPER`, or from [`mean_scores`].
+    """What the paper claims of DLDM, as figures, where the systems they need are in `scores` (`PAPER`, or [`mean_scores`]).
 
     Returns:
         dict with `frechet_ratio` (DLDM over StyleGAN2), `precision_gain`, `recall_gain` (DLDM minus StyleGAN2), and
@@ -262,8 +234,8 @@ def _fidelity_tables(fidelity: dict[str, dict]) -> dict[str, Table]:
     titles, names = _score_titles(first), [*first["modalities"], "mean"]
 
     paper = [[""], *([name] for name in systems)]
-    for score in ("frechet_distance", "precision", "recall"):
-        paper[0] += [f"paper: {'clean-FID' if score == 'frechet_distance' else score}", f"ours: {titles[score]}"]
+    for score, title in {"frechet_distance": "clean-FID", "precision": "precision", "recall": "recall"}.items():
+        paper[0] += [f"paper: {title}", f"ours: {titles[score]}"]
         for row in paper[1:]:
             published = PAPER.get(row[0], {}).get(score)
             row += [None if published is None else f"{published:.5f}", means[row[0]][score]]
@@ -286,7 +258,7 @@ def _fidelity_tables(fidelity: dict[str, dict]) -> dict[str, Table]:
 
 
 def _alignment_tables(sets: dict[str, dict], segmenter_dice: dict[str, float]) -> dict:
-    """Every measure of [`~dldm_pipeline.metrics.alignment.evaluate_alignment`], whatever their number."""
+    """Every measure of `evaluate_alignment`, whatever their number."""
     real, tables = sets["validation"], {}
     titles = {"validation": "validation subjects", "rebuilt": "rebuilt validation subjects"}
     for key, values in real.items():
@@ -316,11 +288,13 @@ def _alignment_tables(sets: dict[str, dict], segmenter_dice: dict[str, float]) -
 def _memorization_tables(memorization: dict[str, dict]) -> dict[str, Table]:
     """Every system, and held-out subjects, which copy nobody."""
     first = memorization["DLDM"]
-    summary = [["", "samples", "refused, %", "smallest ratio", "authenticity"]]
-    ratios = [["median ratio", *first["channels"]]]
+    summary, ratios = (
+        [["", "samples", "refused, %", "smallest ratio", "authenticity"]],
+        [["median ratio", *first["channels"]]],
+    )
     sets = {name: result["samples"] for name, result in memorization.items()}
     for name, one in (sets | {"reference: held-out subjects": first["held_out"]}).items():
-        smallest = min((value for value in one["ratio_min"].values() if _is_finite(value)), default=None)
+        smallest = min(filter(_is_finite, one["ratio_min"].values()), default=None)
         summary.append([name, one["num"], 100 * one["refused_share"], smallest, one["authenticity_mean"]])
         ratios.append([name, *(one["ratio"][channel] for channel in first["channels"])])
     return {"memorization": summary, "memorization_ratio": ratios}
@@ -355,15 +329,13 @@ def _spectrum_table(spectrum: dict, names: list[str]) -> Table:
 
 
 def _probe_tables(result: dict) -> dict[str, Table]:
-    """Every probe of [`~dldm_pipeline.metrics.disentanglement.evaluate_disentanglement`], whatever their number."""
-    modality, subject = (
-        [["code", "features", "accuracy", "chance"]],
-        [["code", "features", "accuracy", "chance", "AUC"]],
-    )
+    """Every probe of `evaluate_disentanglement`, whatever their number."""
+    header = ["code", "features", "accuracy", "chance"]
+    modality, subject = [header], [[*header, "AUC"]]
     for key, probe in result.items():
         if isinstance(probe, dict) and "accuracy" in probe:
             row = [PROBE_TITLES.get(key, key), probe["features"], 100 * probe["accuracy"], 100 * probe["chance"]]
-            if key.startswith("subject"):
+            if "auc" in probe:
                 subject.append([*row, probe["auc"]])
             else:
                 modality.append(row)
@@ -394,5 +366,5 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+    """Of what is known: JSON's None is NaN."""
+    return float(mean_of_known(values))

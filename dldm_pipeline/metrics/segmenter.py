@@ -13,17 +13,17 @@ from dldm_pipeline.optimization import MuonAdamW
 from .reconstruction import dice, mean_over_subjects
 
 
-def make_segmenter(channels: int = 40) -> torch.nn.Sequential:
+def make_segmenter() -> torch.nn.Sequential:
     """An untrained segmenter: images (B, 1, H, W) to mask logits (B, 1, H, W), H and W divisible by 4.
 
     Patches of 4×4 pixels become channels; dilated convolutions then see 23×23 of them around each. 0.16 GFLOP for an
     image of 128×128, a multiplication and an addition counted as two.
     """
     layers: list[torch.nn.Module] = [torch.nn.PixelUnshuffle(4)]
-    for width, dilation in zip((16, *[channels] * 5), (1, 1, 2, 4, 2, 1), strict=True):
-        layers += [torch.nn.Conv2d(width, channels, 3, padding=dilation, dilation=dilation, bias=False)]
-        layers += [torch.nn.BatchNorm2d(channels), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers, torch.nn.Conv2d(channels, 16, 1), torch.nn.PixelShuffle(4))
+    for width, dilation in zip((16, 40, 40, 40, 40, 40), (1, 1, 2, 4, 2, 1), strict=True):
+        layers += [torch.nn.Conv2d(width, 40, 3, padding=dilation, dilation=dilation, bias=False)]
+        layers += [torch.nn.BatchNorm2d(40), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Conv2d(40, 16, 1), torch.nn.PixelShuffle(4))
 
 
 def train_segmenter(
@@ -34,23 +34,19 @@ def train_segmenter(
     batch_size: int = 8,
     held_out: float = 0.2,
     seed: int = 0,
-    progress: bool = True,
 ) -> tuple[torch.nn.Module, float]:
     """Trains a segmenter; half a minute on two cores at 128×128.
 
     The loss is cross-entropy (tumour weighs ten times as much as the rest) plus soft Dice; images are mirrored at random.
-    The same seed gives the same weights on the same machine and number of threads. The caller's random state does not
-    change. Train it on other subjects than those it will judge.
+    The same seed gives the same weights on the same machine and number of threads; the caller's random state is left as it
+    was. Train it on other subjects than those it will judge.
 
     Args:
-        images: (N, H, W) in [0, 1], all of one modality; H and W divisible by 4.
-        masks: (N, H, W), non-zero is tumour.
+        images, masks: (N, H, W) in [0, 1], all of one modality, H and W divisible by 4; (N, H, W), non-zero is tumour.
         subjects: N subject names; None if every image is a subject of its own.
-        steps: optimizer steps.
-        batch_size: images a step.
+        steps, batch_size: optimizer steps, and images in each.
         held_out: fraction of the subjects that is not trained on.
-        seed: seed of split, initial weights and order.
-        progress: show a progress bar.
+        seed: of split, initial weights and order.
 
     Returns:
         The segmenter, in evaluation mode, and its mean Dice on the held-out subjects.
@@ -80,7 +76,7 @@ def train_segmenter(
     # Muon and the weight: without either, a faint tumour (T1) is not found for hundreds of steps.
     optimizer, tumour_weight = MuonAdamW(segmenter, lr=2e-2), torch.tensor(10.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=steps, cycle_momentum=False)
-    for _ in tqdm(range(steps), desc="train segmenter", disable=not progress):
+    for _ in tqdm(range(steps), desc="train segmenter"):
         rows = rng.choice(learnt, batch_size)
         image, mask = torch.from_numpy(images[rows])[:, None], torch.from_numpy(masks[rows]).float()
         if rng.random() < 0.5:
@@ -100,16 +96,7 @@ def train_segmenter(
 
 @torch.no_grad()
 def predict_masks(segmenter: torch.nn.Module, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """Tumour masks that a segmenter finds in images of its modality.
-
-    Args:
-        segmenter: from [`train_segmenter`], of images of this size.
-        images: (N, H, W) in [0, 1].
-        batch_size: images at a time.
-
-    Returns:
-        bool array (N, H, W).
-    """
+    """Tumour masks, bool (N, H, W), that a segmenter finds in images (N, H, W) in [0, 1] of its modality."""
     images = np.asarray(images, dtype=np.float32)
     device = next(segmenter.parameters()).device
     batches = (torch.from_numpy(images[i : i + batch_size]).to(device) for i in range(0, len(images), batch_size))

@@ -33,13 +33,13 @@ def two_sample_scores(
 
     Args:
         real, generated: uint8 (N, H, W) and (M, H, W) of one modality and size.
-        real_subjects, generated_subjects: N and M subject names. All images of a subject are on one side of the split.
+        real_subjects, generated_subjects: N and M names. All images of a subject are on one side of the split.
         epochs: passes over the training images.
-        seed: seed of split, initial weights and order.
+        seed: of split, initial weights and order.
 
     Returns:
-        (N,) and (M,) float arrays: the logit for "generated" of held-out images, NaN for those trained on. Their [`auc`] is
-        the result of the test.
+        (N,) and (M,) floats: the logit for "generated" of held-out images, NaN for those trained on. Their [`auc`] is the
+        result of the test.
 
     Raises:
         TypeError, ValueError: see [`~dldm_pipeline.metrics.images.check_images`]; ValueError on fewer than 2 subjects
@@ -50,13 +50,11 @@ def two_sample_scores(
     tested = _held_out(real_subjects, generated_subjects, seed)
     is_tested = np.isin(np.concatenate([real_subjects, generated_subjects]), tested)
     label = np.r_[np.zeros(len(real)), np.ones(len(generated))].astype(np.float32)
+    images = torch.from_numpy(np.concatenate([real, generated]))[:, None]
     rows = np.flatnonzero(~is_tested)
 
     def batch(chosen: np.ndarray) -> torch.Tensor:
-        is_real = chosen < len(real)
-        pixels = np.empty((len(chosen), *real.shape[1:]), dtype=np.uint8)
-        pixels[is_real], pixels[~is_real] = real[chosen[is_real]], generated[chosen[~is_real] - len(real)]
-        return torch.from_numpy(pixels)[:, None].float() / 127.5 - 1.0
+        return images[chosen].float() / 127.5 - 1.0
 
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
@@ -88,7 +86,7 @@ def two_sample_scores(
 
 
 def _held_out(real: Sequence[str], generated: Sequence[str], seed: int) -> np.ndarray:
-    """Names of the subjects to test on: a fraction of each set; a name in both sets is on one side only."""
+    """Names to test on: a fraction of each set; a name in both sets is on one side only."""
     rng = np.random.default_rng(seed)
     chosen = []
     for title, names in (("real", np.unique(real)), ("generated", np.setdiff1d(generated, real))):
@@ -99,15 +97,9 @@ def _held_out(real: Sequence[str], generated: Sequence[str], seed: int) -> np.nd
 
 
 def auc(real: np.ndarray, generated: np.ndarray) -> float:
-    """Area under the ROC curve: the probability that a generated sample has a higher value than a real one.
+    """Area under the ROC curve: the probability that a generated value is higher than a real one; ties count half.
 
-    Ties count half.
-
-    Args:
-        real, generated: values (N,) and (M,). NaN is left out.
-
-    Returns:
-        Area in [0, 1]; NaN if a set is empty.
+    `real` (N,) and `generated` (M,) may hold NaN, which is left out. NaN if one of them is empty.
     """
     from sklearn.metrics import roc_auc_score
 

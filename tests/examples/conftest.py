@@ -1,6 +1,7 @@
 """What the tests of the examples share: the script itself, its errors, and a saved pipeline."""
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,6 @@ def refused(script, capsys) -> Callable[..., str]:
 
 
 @pytest.fixture
-def pipeline_folder(tiny_pipeline, tmp_path) -> Path:
-    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
+def pipeline_folder(tiny_pipeline_folder, tmp_path) -> Path:
+    """A copy, which a test may change."""
+    return shutil.copytree(tiny_pipeline_folder, tmp_path / "pipeline")

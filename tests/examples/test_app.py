@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import io
 import json
-import runpy
 import shutil
 import socket
 import threading
@@ -27,16 +26,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
-def pipeline_folder(tmp_path_factory) -> Path:
-    tiny = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))  # its fixtures live for one test only
-    folder = tmp_path_factory.mktemp("app") / "pipeline"
-    tiny["make_pipeline"](tiny["make_autoencoder"]()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(pipeline_folder) -> DLDMPipeline:
-    pipeline = DLDMPipeline.from_pretrained(pipeline_folder)
+def pipeline(tiny_pipeline_folder) -> DLDMPipeline:
+    pipeline = DLDMPipeline.from_pretrained(tiny_pipeline_folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -157,9 +148,9 @@ def test_a_bad_upload_is_one_message(script, pipeline, uploads, files, message):
     assert message in stop.value.message and str(uploads) not in stop.value.message
 
 
-def test_packs_one_marked_subject(script, pipeline, pipeline_folder):
+def test_packs_one_marked_subject(script, pipeline, tiny_pipeline_folder, refused):
     result = script.generate(pipeline, 3, 4, 2)
-    packages = script.pack(result, 1, pipeline_folder)
+    packages = script.pack(result, 1, tiny_pipeline_folder)
     path = Path(next(packages))
     with zipfile.ZipFile(path) as file:
         manifest = json.loads(file.read("manifest.json"))
@@ -169,9 +160,6 @@ def test_packs_one_marked_subject(script, pipeline, pipeline_folder):
     assert path.name == "synthetic-seed-5.zip" and manifest["synthetic"] is True and manifest["seed"] == 5
     assert np.array_equal(pixels, np.rint(result.output.images[1, 1] * 65535).astype(np.uint16))
     assert next(packages, None) is None and not path.parent.exists()
-
-
-def test_bad_arguments_are_one_line(refused):
     assert "--pipeline nowhere: no such folder" in refused("--pipeline", "./nowhere")
 
 
@@ -179,12 +167,12 @@ def test_bad_arguments_are_one_line(refused):
 
 
 @pytest.fixture
-def url(script, pipeline_folder):
+def url(script, tiny_pipeline_folder):
     """The address of the page, which the script serves in a thread."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = ["--pipeline", str(pipeline_folder), "--port", str(port), "--device", "cpu"]
+    words = ["--pipeline", str(tiny_pipeline_folder), "--port", str(port), "--device", "cpu"]
     thread = threading.Thread(target=script.main, args=(words,), daemon=True)
     thread.start()
     for _ in range(1200):

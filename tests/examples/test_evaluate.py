@@ -81,12 +81,11 @@ def cached(output: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (output / "cache").iterdir()}
 
 
-def test_full_report(full):
+def test_full_report(script, full):
     output, results = full
     stored = json.loads((output / "metrics.json").read_text())
-    assert sorted(path.name for path in output.iterdir()) == [
-        "cache", "figures", "metrics.json", "report.html", "report.md"
-    ]  # fmt: skip
+    written = {path.name for path in output.iterdir()}
+    assert written == {"cache", "figures", "metrics.json", "report.html", "report.md"}
     systems = ["DLDM", "StyleGAN2", "plain LDM"]
     assert list(stored["systems"]) == list(stored["fidelity"]) == list(stored["memorization"]) == systems
     assert list(stored["alignment"]) == ["validation", "rebuilt", *systems]
@@ -111,6 +110,7 @@ def test_full_report(full):
     assert list(sizes) == ["scores", "systems", "steps", "closest_pairs"] and min(map(min, sizes.values())) > 100
     # Two real subjects and two of each of three systems, tiles of 128 pixels, one column a modality.
     assert sizes["systems"][0] > 3 * 128 and sizes["systems"][1] > 8 * 128
+    assert script.finite({"a": [math.nan, 1.0], "b": math.inf}) == {"a": [None, 1.0], "b": None}  # JSON has no NaN
 
 
 def test_a_second_run_computes_only_what_changed(script, folders, extractor, full, tmp_path):
@@ -177,10 +177,6 @@ def test_an_autoencoder_alone_gives_the_same_figures(script, folders, full, tmp_
     assert cached(tmp_path) == before and alone["reconstruction"] == full[1]["reconstruction"]
     assert list(alone["alignment"]) == ["validation", "rebuilt"] and "generation" not in alone
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "metrics.json", "report.html", "report.md"]
-
-
-def test_json_holds_no_nan(script):
-    assert script.finite({"a": [math.nan, 1.0], "b": math.inf}) == {"a": [None, 1.0], "b": None}
 
 
 @pytest.mark.parametrize(

@@ -92,14 +92,9 @@ def test_sheet_shows_given_filled_in_and_real(script, words, tmp_path, capsys):
 
 def test_bad_input_is_one_line_and_leaves_nothing(refused, words, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {
-        "several/one": ("t1", "wb"),
-        "several/two": ("t1",),
-        "foreign": ("flair",),
-        "complete": ("t1", "t2", "wb"),
-    }
+    folders = {"several/one": "t1 wb", "several/two": "t1", "foreign": "flair", "complete": "t1 t2 wb"}
     for name, sequences in folders.items():
-        make_subject(tmp_path / name, sequences)
+        make_subject(tmp_path / name, sequences.split())
     for more, message in (
         (["nowhere"], "nowhere does not exist"),
         (["several"], "several holds 2 subjects, one and others; give the folder of one"),

@@ -30,12 +30,12 @@ def segmenters() -> dict[str, torch.nn.Module]:
     simulated = [simulate_subject((8, i), 64, ["FLAIR", "BB"]) for i in range(24)]
     images, masks = np.stack([s.images for s in simulated]), np.stack([s.mask for s in simulated])
     names = enumerate(["FLAIR", "BB"])
-    return {name: train_segmenter(images[:, m], masks, steps=40, progress=False)[0] for m, name in names}
+    return {name: train_segmenter(images[:, m], masks, steps=40)[0] for m, name in names}
 
 
 @pytest.fixture(scope="module")
 def real(subjects, segmenters) -> dict:
-    return evaluate_alignment(*subjects, NAMES, progress=False, segmenters=segmenters)
+    return evaluate_alignment(*subjects, NAMES, segmenters=segmenters)
 
 
 def test_edges_depend_on_position_and_not_on_contrast():
@@ -118,7 +118,7 @@ def test_simulated_subjects_are_aligned_and_shuffled_ones_are_not(real):
 def test_one_modality_of_another_subject_is_noticed(subjects, segmenters, real):
     images, masks = subjects[0].copy(), subjects[1]
     images[:, 3] = np.roll(images[:, 3], 1, axis=0)
-    mixed = evaluate_alignment(images, masks, NAMES, reference=real, progress=False, segmenters=segmenters)
+    mixed = evaluate_alignment(images, masks, NAMES, reference=real, segmenters=segmenters)
     assert mixed["mutual_information"]["WB-BB"] - 1 < 0.4 * (real["mutual_information"]["WB-BB"] - 1)
     assert mixed["mask_agreement"]["BB"] < 0.2
     assert mixed["mask_agreement"]["FLAIR"] == pytest.approx(real["mask_agreement"]["FLAIR"])
@@ -133,11 +133,11 @@ def test_one_modality_of_another_subject_is_noticed(subjects, segmenters, real):
 def test_one_wrong_subject_shows_in_misaligned_although_the_means_hide_it(subjects, real):
     images, masks = subjects[0].copy(), subjects[1]
     images[0, 3] = images[1, 3]
-    mixed = evaluate_alignment(images, masks, NAMES, reference=real, progress=False)
+    mixed = evaluate_alignment(images, masks, NAMES, reference=real)
     assert mixed["edge_correlation_change_worst"] > -0.15
     assert mixed["misaligned"] > 0
     strict = real | {"edge_correlation_shuffled_p95": dict.fromkeys(real["edge_correlation"], 1.0)}
-    assert evaluate_alignment(images, masks, NAMES, reference=strict, progress=False)["misaligned"] == 1
+    assert evaluate_alignment(images, masks, NAMES, reference=strict)["misaligned"] == 1
 
 
 def test_missing_modalities_masks_and_other_names(subjects, segmenters):
@@ -145,18 +145,18 @@ def test_missing_modalities_masks_and_other_names(subjects, segmenters):
     present, has_mask = np.ones((12, 4), dtype=bool), np.ones(12, dtype=bool)
     present[:4, 3] = has_mask[4:8] = False
     images[:4, 3] = masks[4:9] = 0
-    options = dict(segmenters={"BB": segmenters["BB"]}, progress=False)
+    options = dict(segmenters={"BB": segmenters["BB"]})
     result = evaluate_alignment(images, masks, NAMES, None, present, has_mask, **options)
     assert list(result["mask_agreement"]) == ["BB"] and result["num_empty_masks"] == 1
     # Only what is known counts.
     rest = evaluate_alignment(images[8:], masks[8:], NAMES, **options)
     assert result["mask_agreement"]["BB"] == pytest.approx(rest["mask_agreement"]["BB"])
-    rest = evaluate_alignment(images[4:], masks[4:], NAMES, progress=False)
+    rest = evaluate_alignment(images[4:], masks[4:], NAMES)
     for key in ("edge_correlation", "mutual_information"):
         assert result[key]["WB-BB"] == pytest.approx(rest[key]["WB-BB"])
 
     names = ["T1", "FLAIR", "T1CE", "T2"]
-    other = evaluate_alignment(images, masks, names, None, present, has_mask, progress=False)
+    other = evaluate_alignment(images, masks, names, None, present, has_mask)
     assert other["mask_agreement"] is other["vessels"] is other["vessels_shuffled"] is None
     assert list(other["enhancement"]) == ["T1CE"] and np.isfinite(other["enhancement"]["T1CE"])
     with pytest.raises(ValueError, match="segmenters names .'BB'.*T1, FLAIR, T1CE, T2"):
@@ -165,9 +165,9 @@ def test_missing_modalities_masks_and_other_names(subjects, segmenters):
 
 def test_a_single_modality_has_no_pairs_and_a_single_subject_no_partner(subjects):
     images, masks = subjects
-    alone = evaluate_alignment(images[:, :1], masks, ["T1"], progress=False)
-    again = evaluate_alignment(images[:, :1], masks, ["T1"], reference=alone, progress=False)
+    alone = evaluate_alignment(images[:, :1], masks, ["T1"])
+    again = evaluate_alignment(images[:, :1], masks, ["T1"], reference=alone)
     assert again["edge_correlation"] == {} and np.isnan(again["edge_correlation_change_worst"])
-    one = evaluate_alignment(images[:2], masks[:2], NAMES, ["a", "a"], progress=False)
+    one = evaluate_alignment(images[:2], masks[:2], NAMES, ["a", "a"])
     assert one["num_subjects"] == 1 and one["edge_correlation"]["WB-BB"] > 0.5
     assert np.isnan(one["edge_correlation_shuffled"]["WB-BB"]) and np.isnan(one["misaligned"])

@@ -106,14 +106,14 @@ def test_segmenters_are_trained_once(cache, items):
 
 
 def test_too_few_subjects_for_the_probes_leave_the_rest(cache, tiny_autoencoder, items):
-    result = measure_autoencoder(tiny_autoencoder, items[:4], {}, 4, 0, cache)
+    result = measure_autoencoder(tiny_autoencoder, items[:4], {}, 0, cache)
     assert result["reconstruction"]["num_subjects"] == 4 and set(result["alignment"]) == {"validation", "rebuilt"}
     assert "at least 8 subjects" in result["disentanglement"]["left_out"]
 
 
 def test_measures_separate_real_subjects_from_noise(cache, tiny_autoencoder, items):
     """Further real subjects as a system must beat noise in fidelity and alignment; copies must be refused."""
-    real, train, further = (read_slices(items[i : i + 10], progress=False) for i in (0, 10, 20))
+    real, train, further = (read_slices(items[i : i + 10]) for i in (0, 10, 20))
     samples = {
         "further": {"images": further.images[:6], "masks": np.stack([i["mask"] for i in items[20:26]]) > 0},
         "noise": sample(noise_system([]), 6, 0, cache),
@@ -152,7 +152,7 @@ def test_measures_separate_real_subjects_from_noise(cache, tiny_autoencoder, ite
 
 
 def test_steps_are_compared_on_the_same_subjects(cache, items):
-    real, second = read_slices(items[:8], progress=False), read_slices(items[8:16], progress=False)
+    real, second = read_slices(items[:8]), read_slices(items[8:16])
     extractor = FeatureExtractor("tiny", "means", 32, 3, lambda x: x.mean(dim=(2, 3)) / 255, "0" * 64)
     systems = {n: noise_system([], 0.4 * n, f"noise {n}") for n in (1, 2)}
     steps = Comparison(NAMES, real, second, extractor, None, 3, cache).steps(systems, 5)

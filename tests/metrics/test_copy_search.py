@@ -38,9 +38,7 @@ def test_orientation_forgets_contrast_but_not_anatomy() -> None:
 def test_search_tells_which_flip_and_shift_lays_the_copy_over_its_original(size: tuple[int, int]) -> None:
     images = np.pad(textures(10), ((0, 0), (0, 0), (0, size[0] - 32), (0, size[1] - 32)))
     moved = np.roll(images[7], (-2, 1), axis=(-2, -1))
-    found = CopySearch(Slices(images)).search(
-        Slices(np.stack([np.flip(moved, axes) for axes in FLIPS])), progress=False
-    )
+    found = CopySearch(Slices(images)).search(Slices(np.stack([np.flip(moved, axes) for axes in FLIPS])))
     assert (found.index == 7).all() and (found.similarity > 0.99).all()
     assert found.flip[:, 0].tolist() == [[-2 in axes, -1 in axes] for axes in FLIPS]
     assert (found.shift == [2, -1]).all()
@@ -48,7 +46,7 @@ def test_search_tells_which_flip_and_shift_lays_the_copy_over_its_original(size:
 
 def test_search_agrees_with_a_plain_one() -> None:
     images, queries = Slices(textures(6)), Slices(textures(3, seed=1))
-    found = CopySearch(images).search(queries, progress=False)
+    found = CopySearch(images).search(queries)
     fields = orientation_field(torch.from_numpy(images.images[:, 0]))
     for q, image in enumerate(queries.images[:, 0]):
         best = -1.0
@@ -68,11 +66,11 @@ def test_own_subject_and_missing_images_are_not_compared() -> None:
     present[2:, 2] = False
     reference = Slices(textures(6, 3), names, present)
     search = CopySearch(reference)
-    found = search.search(Slices(reference.images, names), other_subjects=True, progress=False)
+    found = search.search(Slices(reference.images, names), other_subjects=True)
     assert all(names[found.index[q, 0]] != names[q] for q in range(6))
     assert (found.index[:2, 2] == -1).all() and np.isnan(found.similarity[:2, 2]).all()  # "a" alone has the third
     assert set(found.index[2:, 2]) <= {0, 1}
-    itself = search.search(reference, progress=False)
+    itself = search.search(reference)
     assert (itself.index[:, 0] == np.arange(6)).all() and np.isnan(itself.similarity[2:, 2]).all()
 
 
@@ -88,7 +86,7 @@ def test_structures_are_rendered_under_one_appearance(tiny_autoencoder: torch.nn
     rendered = renderer.render(structure)
     assert rendered.dtype == np.uint8 and rendered.std() > 1
     np.testing.assert_allclose(rendered, 255 * expected.clamp(0, 1).numpy(), atol=1)
-    encoded, given = renderer.add_channel(train, progress=False), renderer.add_channel(train, structure.flip(0))
+    encoded, given = renderer.add_channel(train), renderer.add_channel(train, structure.flip(0))
     np.testing.assert_array_equal(encoded.images[:, 3], rendered)
     np.testing.assert_array_equal(given.images[::-1, 3], rendered)
     assert encoded.present.tolist() == given.present.tolist() == [[False, True, True, True]] * 3

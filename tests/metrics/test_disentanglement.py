@@ -147,7 +147,7 @@ def test_the_higher_structure_probe_counts():
         single_structures=single,
         styles=np.broadcast_to(np.eye(4), (60, 4, 4)) + 0.01 * rng.normal(size=(60, 4, 4)),
     )
-    result = evaluate_disentanglement(encoded, progress=False)
+    result = evaluate_disentanglement(encoded)
     assert result["style_accuracy"] == 1.0
     assert result["structure_full"]["accuracy"] > 0.95 > result["structure_mean"]["accuracy"]
     assert abs(result["structure_full_shuffled"]["accuracy"] - 0.25) < 0.1

@@ -38,9 +38,9 @@ def tiny(calls: list | None = None, weights_hash: str = "0" * 64) -> FeatureExtr
 
 def test_images_are_resized_by_clean_fid_batch_by_batch():
     calls: list = []
-    features = tiny(calls)(images(20), progress=False)
+    features = tiny(calls)(images(20))
     assert features.shape == (20, 64) and features.dtype == np.float32
-    assert np.array_equal(features[9:], tiny()(images(20)[9:], progress=False))
+    assert np.array_equal(features[9:], tiny()(images(20)[9:]))
     assert [len(batch) for batch in calls] == [8, 8, 4]
     resize = make_resizer("PIL", False, "bicubic", (32, 32))
     for image, seen in zip(images(20), torch.cat(calls), strict=True):
@@ -52,12 +52,12 @@ def test_bad_images_and_features_are_refused():
         tiny()(images().astype(np.float32) / 255)
     broken = FeatureExtractor("tiny", "", 32, 1, lambda x: torch.full((len(x), 1), torch.nan), "")
     with pytest.raises(ValueError, match="5 of 5 images gave NaN"):
-        broken(images(), progress=False)
+        broken(images())
 
 
 def test_features_are_kept_by_content(tmp_path):
     calls: list = []
-    options = {"cache": tmp_path, "progress": False}
+    options = {"cache": tmp_path}
     first = tiny(calls)(images(), **options)
     assert np.array_equal(tiny(calls)(images(), **options), first) and len(calls) == 1
     (path,) = tmp_path.iterdir()
@@ -76,7 +76,7 @@ def test_a_memory_map_is_read_in_batches(tmp_path):
         data = np.memmap(tmp_path / f"{count}.bin", np.uint8, "w+", shape=(count, 64, 64))
         data[:] = 200
         tracemalloc.start()
-        tiny()(data, progress=False)
+        tiny()(data)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     # 128 further images are 0.5 MB, 2 MB once they are floats; their features are 33 kB.
@@ -98,7 +98,7 @@ def test_efficientnet_lite0_works_offline():
     model._fc.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0]))
     with torch.no_grad():
         model((torch.from_numpy(images(1, 224))[None].expand(1, 3, -1, -1) - 127.0) / 128)
-    np.testing.assert_allclose(extractor(images(1, 224), progress=False), seen["x"].numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(extractor(images(1, 224)), seen["x"].numpy(), rtol=1e-3, atol=1e-4)
 
 
 def published(monkeypatch, name: str, path: Path) -> None:
@@ -115,7 +115,7 @@ def is_torch_fidelitys(extractor: FeatureExtractor, path: Path, registered: str,
     batch = images(1, extractor.size)
     (expected,) = reference(torch.from_numpy(batch)[:, None].repeat(1, 3, 1, 1))
     assert expected.std() > 1e-3  # no dead network
-    np.testing.assert_allclose(extractor(batch, progress=False), expected.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(extractor(batch), expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_inception_is_torch_fidelitys_pool3(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_dinov2_is_the_class_token(tmp_path, monkeypatch):
     mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     with torch.no_grad():
         expected = model(pixel_values=(torch.from_numpy(images(1, 224)) / 255 - mean)[None] / std[None]).pooler_output
-    np.testing.assert_allclose(extractor(images(1, 224), progress=False), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(extractor(images(1, 224)), expected.numpy(), atol=1e-4)
 
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

@@ -117,7 +117,7 @@ def test_deviations_of_half_samples_are_those_of_the_full_sample():
 # --- everything together ----------------------------------------------------------------------------------------------
 
 NAMES = ["T1", "T2"]
-OPTIONS = {"num_resamples": 6, "num_pairs": 12, "epochs": 1, "progress": False}
+OPTIONS = {"num_resamples": 6, "num_pairs": 12, "epochs": 1}
 
 
 def tiny() -> FeatureExtractor:
@@ -159,7 +159,7 @@ def test_evaluate_fidelity(tmp_path):
 
     # The values are those of the plain functions.
     first, other = real().images[:, 0], generated.images[:, 0]
-    expected = feature_scores(*(tiny()(x, progress=False) for x in (first, other)))
+    expected = feature_scores(*(tiny()(x) for x in (first, other)))
     names = generated.names("g")
     expected["diversity"] = diversity(other, names, 12)
     expected["two_sample_auc"] = auc(*two_sample_scores(first, other, real().subjects, names, epochs=1))
@@ -188,11 +188,11 @@ def test_missing_modalities_and_another_network_for_the_neighbours():
     incomplete.present[:6, 1] = False
     other = FeatureExtractor("other", "", 32, 4, lambda x: x[:, 0, 8:10, 8:10].flatten(1), "1" * 64)
     generated = Slices(sets(seed=2))
-    options = dict(num_pairs=0, epochs=0, num_resamples=0, progress=False)
+    options = dict(num_pairs=0, epochs=0, num_resamples=0)
     result = evaluate_fidelity(incomplete, generated, NAMES, tiny(), real(1), other, **options)
     assert result["num_images"]["T2"] == {"real": 18, "generated": 24, "floor": 24}
     assert result["scores"]["recall"]["T2"]["low"] is None and "diversity" not in result["scores"]
-    expected = neighbour_scores(*(other(x[:, 1], progress=False) for x in (incomplete.images[6:], generated.images)))
+    expected = neighbour_scores(*(other(x[:, 1]) for x in (incomplete.images[6:], generated.images)))
     assert result["scores"]["coverage"]["T2"]["value"] == pytest.approx(expected["coverage"])
 
 

@@ -54,10 +54,10 @@ def test_slices():
 def test_slices_are_read_from_a_data_set():
     here = torch.tensor([True, True, False])
     dataset = [{"images": torch.full((3, 8, 8), i / 255), "present": here, "subject": f"s{i // 2}"} for i in range(12)]
-    slices = read_slices(dataset, max_items=3, progress=False)
+    slices = read_slices(dataset, max_items=3)
     assert slices.images[:, 0, 0, 0].tolist() == [0, 6, 11] and slices.subjects.tolist() == ["s0", "s3", "s5"]
     assert slices.images.dtype == np.uint8 and slices.present.tolist() == [[True, True, False]] * 3
-    assert len(read_slices(dataset, progress=False)) == len(read_slices(dataset, 20, progress=False)) == 12
+    assert len(read_slices(dataset)) == len(read_slices(dataset, 20)) == 12
     for bad, count, message in (([], None, "dataset has 0 slices"), (dataset, 0, "max_items=0")):
         with pytest.raises(ValueError, match=message):
-            read_slices(bad, count, progress=False)
+            read_slices(bad, count)

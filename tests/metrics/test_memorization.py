@@ -49,7 +49,7 @@ def planted(images: np.ndarray, rng: np.random.Generator, reach: int) -> np.ndar
 def make_filter(train: int, held_out: int, autoencoder: torch.nn.Module | None = None, **options) -> MemorizationFilter:
     """A filter of unnamed subjects, one a slice."""
     slices = Slices(heads(train, 0)), Slices(heads(held_out, 1))
-    return MemorizationFilter(*slices, NAMES, autoencoder, progress=False, **options)
+    return MemorizationFilter(*slices, NAMES, autoencoder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_held_out_subjects_are_split_whole_and_compared_with_others() -> None:
     present = np.array([[True, True, False]] * 8)
     subjects = np.repeat(list("abcd"), 2)
     held_out = Slices(np.repeat(heads(4, 1), 2, axis=0), subjects, present)  # two equal slices a subject
-    guard = MemorizationFilter(Slices(heads(12, 0)), held_out, NAMES, progress=False)
+    guard = MemorizationFilter(Slices(heads(12, 0)), held_out, NAMES)
     check = guard.held_out_check
     assert len(check.keep) == 4 and check.score[0] == check.score[1] and check.score[2] == check.score[3]
     assert np.isnan(check.ratio[:, 2]).all()
@@ -97,18 +97,18 @@ def test_held_out_subjects_are_split_whole_and_compared_with_others() -> None:
 
 def test_authentic_compares_with_the_training_subjects_own_neighbour(image_filter: MemorizationFilter) -> None:
     check = image_filter.check(np.concatenate([heads(60, 0)[:3], heads(5, 6)]))
-    authentic = image_filter.authentic(check, progress=False)
-    matches = image_filter.train.search(Slices(heads(60, 0)), other_subjects=True, progress=False)
+    authentic = image_filter.authentic(check)
+    matches = image_filter.train.search(Slices(heads(60, 0)), other_subjects=True)
     own = np.take_along_axis(1 - matches.similarity, check.index, axis=0)
     np.testing.assert_array_equal(authentic, 1 - check.similarity >= own)
     assert (authentic[:3] == 0).all() and authentic[3:].mean() > 0.2
     alone = make_filter(1, 4)
-    assert np.isnan(alone.authentic(alone.held_out_check, progress=False)).all()
+    assert np.isnan(alone.authentic(alone.held_out_check)).all()
 
 
 def test_evaluation_reports_copies_beside_the_held_out_row(image_filter: MemorizationFilter, tmp_path: Path) -> None:
     samples = np.concatenate([heads(4, 7), shifted(heads(60, 0)[[11]], 1, -2)])
-    result = evaluate_memorization(image_filter, samples, progress=False)
+    result = evaluate_memorization(image_filter, samples)
     assert result["refused"] == 1 and result["refused_share"] == 0.2
     assert result["refused_by"] == {"T1": 1, "T2": 1, "WB": 1} and len(result["closest"]) == 5
     closest = result["closest"][0]
@@ -188,7 +188,7 @@ def test_bad_input_is_refused(image_filter: MemorizationFilter, tiny_autoencoder
         (dict(train=Slices(good, list("abcd")), held_out=Slices(good, list("dxyz"))), "has 1 subjects of train, d"),
         (dict(autoencoder=tiny_autoencoder, modalities=["a", "b", "c"]), "modalities are a, b, c, the autoencoder's"),
     ):
-        arguments = dict(train=Slices(good), held_out=Slices(heads(4, 1)), modalities=NAMES, progress=False) | options
+        arguments = dict(train=Slices(good), held_out=Slices(heads(4, 1)), modalities=NAMES) | options
         with pytest.raises(ValueError, match=message):
             MemorizationFilter(**arguments)
 
@@ -204,7 +204,7 @@ def test_acceptance_on_simulated_subjects() -> None:
 
     autoencoder = DLDMPipeline.from_pretrained(BUNDLED_CHECKPOINT).autoencoder
     train, modalities = simulated(0, 1000), list(autoencoder.config.modalities)
-    guard = MemorizationFilter(Slices(train), Slices(simulated(1, 200)), modalities, autoencoder, progress=False)
+    guard = MemorizationFilter(Slices(train), Slices(simulated(1, 200)), modalities, autoencoder)
     assert len(guard.held_out_check.keep) == 100 and guard.held_out_check.num_refused <= 5
 
     rng = np.random.default_rng(0)

@@ -136,7 +136,7 @@ def test_every_slice_finds_a_partner_where_one_exists():
 
 def test_encoding_a_modality_alone_matches_the_model_and_hides_the_others(autoencoder):
     items = slices(3, missing=((1, 2),))
-    encoded = encode_subjects(autoencoder, items, batch_size=2, progress=False)
+    encoded = encode_subjects(autoencoder, items, batch_size=2)
     alone = torch.tensor([[False, True, False]])
     images = items[0]["images"][None] * alone[:, :, None, None]
     with torch.no_grad():
@@ -147,21 +147,21 @@ def test_encoding_a_modality_alone_matches_the_model_and_hides_the_others(autoen
 
 
 def test_encoding_takes_slices_from_the_whole_set_and_refuses_bad_ones(autoencoder):
-    assert encode_subjects(autoencoder, slices(6), max_items=3, progress=False).subjects == ["s0", "s2", "s5"]
-    with pytest.raises(ValueError, match="no slices"):
-        encode_subjects(autoencoder, [], progress=False)
+    assert encode_subjects(autoencoder, slices(6), max_items=3).subjects == ["s0", "s2", "s5"]
+    with pytest.raises(ValueError, match="0 slices"):
+        encode_subjects(autoencoder, [])
     with pytest.raises(ValueError, match="max_items=0"):
-        encode_subjects(autoencoder, slices(1), max_items=0, progress=False)
+        encode_subjects(autoencoder, slices(1), max_items=0)
     item = slices(1)[0]
     item["images"], item["present"] = item["images"][:2], item["present"][:2]
     with pytest.raises(ValueError, match="2 modalities"):
-        encode_subjects(autoencoder, [item], progress=False)
+        encode_subjects(autoencoder, [item])
 
 
 def test_evaluation_agrees_with_a_plain_forward_pass(autoencoder):
     items = slices(6)
-    encoded = encode_subjects(autoencoder, items, progress=False)
-    result = evaluate_reconstruction(autoencoder, encoded, batch_size=4, progress=False)
+    encoded = encode_subjects(autoencoder, items)
+    result = evaluate_reconstruction(autoencoder, encoded, batch_size=4)
     images = torch.stack([item["images"] for item in items])
     with torch.no_grad():
         output = autoencoder(images)
@@ -169,13 +169,13 @@ def test_evaluation_agrees_with_a_plain_forward_pass(autoencoder):
     assert result["psnr"]["all"] == pytest.approx(dict(zip(NAMES, expected.mean(axis=0), strict=True)), rel=1e-4)
     assert result["mask_dice"] == pytest.approx(dice(encoded.masks, output.mask.numpy() > 0).mean(), rel=1e-4)
     assert result["psnr_spread"] == pytest.approx(result["psnr_best"] - result["psnr_worst"])
-    rebuilt, masks = rebuild(autoencoder, encoded, batch_size=4, progress=False)
+    rebuilt, masks = rebuild(autoencoder, encoded, batch_size=4)
     np.testing.assert_allclose(rebuilt, output.sample.clamp(0, 1).numpy(), atol=1e-5)
     assert masks.dtype == bool and masks.shape == (6, 32, 32)
 
 
 def test_costs_show_a_style_that_carries_the_subject_and_a_structure_that_needs_all(autoencoder):
-    encoded = encode_subjects(autoencoder, slices(6), progress=False)
+    encoded = encode_subjects(autoencoder, slices(6))
     # A model that renders what the latents say: the image is the style's first number plus the structure's.
     generator = np.random.default_rng(0)
     level, offset = 0.1 + generator.random((6, 1)) * 0.4, np.array([[0.0, 0.2, 0.4]])
@@ -196,7 +196,7 @@ def test_costs_show_a_style_that_carries_the_subject_and_a_structure_that_needs_
             sample = value[:, :, None, None].expand(-1, -1, 32, 32)
             return DisentangledDecoderOutput(sample=sample, mask=mask, foreground=mask)
 
-    clean = evaluate_reconstruction(Renderer(), encoded, progress=False)
+    clean = evaluate_reconstruction(Renderer(), encoded)
     assert clean["psnr_mean"] == pytest.approx(40.0, abs=0.01)
     assert clean["mask_dice"] == 1.0
     assert clean["exchange_cost_worst"] == pytest.approx(0.0, abs=1e-6)
@@ -207,7 +207,7 @@ def test_costs_show_a_style_that_carries_the_subject_and_a_structure_that_needs_
     encoded.styles[:, :, 0] = level + offset
     encoded.single_structures[:] = 0
     encoded.single_structures[:, 2, 0] = -0.09
-    leaking = evaluate_reconstruction(Renderer(), encoded, progress=False)
+    leaking = evaluate_reconstruction(Renderer(), encoded)
     assert leaking["psnr_mean"] == pytest.approx(40.0, abs=0.01)
     assert leaking["exchange_cost_mean"] > 10
     assert leaking["single_cost"] == pytest.approx({"T1": 0.0, "T2": 0.0, "FLAIR": 20.0}, abs=0.01)
@@ -215,9 +215,9 @@ def test_costs_show_a_style_that_carries_the_subject_and_a_structure_that_needs_
 
 
 def test_missing_modalities_and_masks_are_left_out(autoencoder):
-    encoded = encode_subjects(autoencoder, slices(6, ((0, 0), (3, 1)), has_mask=False), progress=False)
-    result = evaluate_reconstruction(autoencoder, encoded, progress=False)
+    encoded = encode_subjects(autoencoder, slices(6, ((0, 0), (3, 1)), has_mask=False))
+    result = evaluate_reconstruction(autoencoder, encoded)
     assert result["mask_dice"] is None and result["mask_dice_single"] is None
     assert all(math.isfinite(value) for value in result["psnr"]["all"].values())
-    images, _ = rebuild(autoencoder, encoded, progress=False)
+    images, _ = rebuild(autoencoder, encoded)
     assert (images[0, 0] == 0).all() and (images[0, 1] > 0).any()

@@ -29,7 +29,7 @@ def test_segmenter_is_seeded_and_never_sees_held_out_subjects(subjects):
     names = [f"s{i // 2}" for i in range(12)]
 
     def train(seed: int = 0) -> tuple[torch.nn.Module, float]:
-        return train_segmenter(images, masks, names, 3, batch_size=2, held_out=0.3, seed=seed, progress=False)
+        return train_segmenter(images, masks, names, 3, batch_size=2, held_out=0.3, seed=seed)
 
     before = torch.get_rng_state()
     first, score = train()

@@ -1,4 +1,4 @@
-"""What the compared systems share: data in memory, the choice of the best checkpoint, seeds, sheets and cards.
+"""What the compared systems share: data in memory, seeds, the choice of the best checkpoint, sheets and cards.
 
 What they share with the DLDM's own training scripts is in `dldm_pipeline.training_utils`.
 """
@@ -7,13 +7,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import tqdm
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.sheet import evenly_spaced_rows, subjects_sheet
@@ -30,11 +29,6 @@ Extractor = Callable[[np.ndarray], np.ndarray]
 
 SHEET_SUBJECTS = 8
 SELECTION_SEED = 20240  # not a seed that a test of the finished model would take
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -54,38 +48,27 @@ class Slices:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device) -> "Slices":
-        """The same on a device."""
-        return Slices(
-            self.images.to(device), self.present.to(device), None if self.masks is None else self.masks.to(device)
-        )
-
 
 def read_slices(
-    dataset: SliceDataset, joint: bool = False, num_workers: int = 0, show_progress: bool = False
+    dataset: SliceDataset, joint: bool = False, num_workers: int = 0, device: str | torch.device = "cpu"
 ) -> Slices:
-    """Read a whole split: 41 kB a slice of five modalities at 64x64.
+    """Read a whole split onto a device: 41 kB a slice of five modalities at 64x64.
 
     Args:
         dataset: the split.
-        joint: read masks too, and leave out slices that lack a modality or the mask.
+        joint: read masks too, and leave out slices that lack a modality or the mask; a ValueError if none is left.
         num_workers: processes that decode.
-        show_progress: whether to show a bar.
-
-    Raises:
-        ValueError: no slice is left.
+        device: where to keep it.
     """
     images, present, masks = [], [], []
-    for batch in tqdm(
-        DataLoader(dataset, 64, num_workers=num_workers), "reading slices", unit="batch", disable=not show_progress
-    ):
-        kept = torch.ones(len(batch["images"]), dtype=torch.bool)
-        if joint:
-            kept &= batch["present"].all(dim=1) & batch["has_mask"]
+    for batch in tqdm(DataLoader(dataset, 64, num_workers=num_workers), desc="reading slices", unit="batch"):
+        complete = batch["present"].all(dim=1) & batch["has_mask"]
+        kept = complete if joint else torch.ones_like(complete)
         images.append(batch["images"][kept].half())
         present.append(batch["present"][kept])
         masks.append(batch["mask"][kept] > 0.5)
-    slices = Slices(torch.cat(images), torch.cat(present), torch.cat(masks) if joint else None)
+    parts = [images, present, masks] if joint else [images, present]
+    slices = Slices(*(torch.cat(part).to(device) for part in parts))
     if not len(slices):
         names = ", ".join(dataset.modalities)
         raise ValueError(
@@ -94,9 +77,16 @@ def read_slices(
     return slices
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeds
-# ---------------------------------------------------------------------------------------------------------------------
+def random_images(slices: Slices, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real images (B, 1, H, W) in [0, 1] of modalities that are there, half of them mirrored, and their labels (B,)."""
+    rows = torch.randint(len(slices), (size,), device=slices.images.device)
+    labels = torch.multinomial(slices.present[rows].float(), 1)[:, 0]
+    return mirror_half(slices.images[rows, labels][:, None].float()), labels
+
+
+def mirror_half(images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W), half of them mirrored at random."""
+    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
 
 
 def subject_generators(
@@ -104,45 +94,20 @@ def subject_generators(
 ) -> list[torch.Generator]:
     """One generator a subject, so that a subject does not depend on its batch.
 
-    Args:
-        num_subjects: one or more.
-        generator: one, from which the subjects' seeds are drawn; or one a subject, used as they are; or `None` for
-            seeds that nobody chose.
-        batch_size: only checked.
-
-    Raises:
-        ValueError: a number below 1, or another number of generators.
+    `generator` is one, from which the subjects' seeds are drawn; or one a subject, used as they are; or `None` for seeds
+    that nobody chose. A ValueError on a number below 1, or another number of generators.
     """
     for name, value in (("num_subjects", num_subjects), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more")
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if isinstance(generator, Sequence):
         if len(generator) != num_subjects:
-            raise ValueError(
-                f"generator has {len(generator)} entries for {num_subjects} subjects; give one each, or one"
-            )
+            count = len(generator)
+            raise ValueError(f"generator has {count} entries for {num_subjects} subjects; give one each, or one")
         return list(generator)
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**62, (num_subjects,), generator=generator, device=device).tolist()
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Choice of the checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def default_extractor(device: torch.device) -> Extractor:
-    """EfficientNet-Lite0, which needs no download.
-
-    Raises:
-        ValueError: its packages are not installed.
-    """
-    try:
-        extractor = load_extractor("efficientnet-lite0", device=str(device))
-    except ImportError as error:
-        raise ValueError(f"--selection_subjects: {error} Or give 0, which keeps the last model") from error
-    return partial(extractor, progress=False)
 
 
 class Selection:
@@ -154,7 +119,10 @@ class Selection:
         args: of the run: output folder, number of subjects, and whether to go on with the folder's list.
         real: held-out slices; at most `selection_subjects` of them are used, evenly spaced.
         modalities: their names.
-        extractor: from images to features; by default `default_extractor`.
+        extractor: from images to features; by default EfficientNet-Lite0, which needs no download.
+
+    Raises:
+        ValueError: too few held-out slices, or the default extractor's packages are not installed.
     """
 
     def __init__(self, args: BaselineArgs, real: Slices, modalities: Sequence[str], extractor: Extractor | None = None):
@@ -167,7 +135,10 @@ class Selection:
             self.path.unlink(missing_ok=True)
         if not num_subjects:
             return
-        self.extractor = extractor or default_extractor(real.images.device)
+        try:
+            self.extractor = extractor or load_extractor(device=str(real.images.device))
+        except ImportError as error:
+            raise ValueError(f"--selection_subjects: {error} Or give 0, which keeps the last model") from error
         self.real = []
         for m, name in enumerate(self.modalities):
             rows = real.present[:, m].nonzero()[:, 0]
@@ -194,20 +165,15 @@ class Selection:
         return {"KID": float(np.mean(values)), **{f"KID {k}": v for k, v in zip(self.modalities, values, strict=True)}}
 
     def offer(self, model: torch.nn.Module, clock: TrainingClock) -> dict[str, float]:
-        """Measure a model, always on the same seeds, and write it to the folder if it is the best so far.
-
-        Returns:
-            The figures; empty when nothing is measured.
-        """
+        """Figures of a model, always on the same seeds, which is written if it is the best so far; empty if not measured."""
         if not self.num_subjects:
             return {}
         if self.entries and self.entries[-1]["step"] == clock.step:
             return {key: value for key, value in self.entries[-1].items() if key.startswith("KID")}
         minutes = round(clock.elapsed / 60, 2)
         model.eval()
-        images = model.sample(self.num_subjects, torch.Generator().manual_seed(SELECTION_SEED))
+        figures = self.measure(model.sample(self.num_subjects, torch.Generator().manual_seed(SELECTION_SEED)))
         model.train()
-        figures = self.measure(images)
         if self.best is None or figures["KID"] < self.best["KID"]:
             write_pretrained(model.save_pretrained, self.path.parent)
         self.entries.append({"step": clock.step, "minutes": minutes, **figures})
@@ -215,19 +181,12 @@ class Selection:
         return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def generated_sheet(
-    model: torch.nn.Module, num_subjects: int, seed: int, path: Path, real: SliceDataset | None = None
-) -> None:
+def generated_sheet(model: torch.nn.Module, seed: int, path: Path, real: SliceDataset | None = None) -> None:
     """Save generated subjects as a contact sheet, above as many real ones."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(num_subjects)]
-    groups = {"generated": (model.eval().sample(num_subjects, generators).numpy(), None)}
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(SHEET_SUBJECTS)]
+    groups = {"generated": (model.eval().sample(SHEET_SUBJECTS, generators).numpy(), None)}
     if real is not None:
-        groups["real"] = evenly_spaced_rows(real, num_subjects)
+        groups["real"] = evenly_spaced_rows(real, SHEET_SUBJECTS)
     subjects_sheet(path, list(model.config.modalities), groups)
 
 
@@ -236,7 +195,7 @@ def validate(
 ) -> dict[str, float]:
     """Offer a model to the selection and save some of its subjects at `path`."""
     figures = selection.offer(model, clock)
-    generated_sheet(model, SHEET_SUBJECTS, seed, path)
+    generated_sheet(model, seed, path)
     model.train()
     return figures
 
@@ -250,29 +209,21 @@ def finish(
     title: str,
     description: str,
     training: dict[str, float | int | str],
-    training_data: str,
+    num_slices: int,
 ) -> None:
-    """Offer the last model, then write card and sheet of the one that was kept.
+    """Offer the last model, with averaged weights, then write card and sheet of the one that was kept.
 
-    Args:
-        model: with averaged weights.
-        selection: made at the start.
-        clock: of the run.
-        args: of the run.
-        real: shown beneath the generated subjects.
-        title: of the card.
-        description: Markdown.
-        training: more figures of the run.
-        training_data: for the card.
+    `real` is shown beneath the generated subjects; the card has title, description (Markdown) and figures of the training.
     """
     output_dir = Path(args.output_dir)
     selection.offer(model, clock)
-    if selection.best is None:
+    best = selection.best
+    if best is None:
         write_pretrained(model.save_pretrained, output_dir)
-    elif selection.best["step"] != clock.step:
+    elif best["step"] != clock.step:
         model = type(model).from_pretrained(output_dir).to(model.device)
-    generated_sheet(model, SHEET_SUBJECTS, args.seed, output_dir / "samples.png", real)
-    figures = {} if selection.best is None else {f"{key} (validation)": v for key, v in selection.best.items()}
+    generated_sheet(model, args.seed, output_dir / "samples.png", real)
+    figures = {f"{key} (validation)": value for key, value in (best or {}).items()}
     write_model_card(
         output_dir,
         title,
@@ -286,7 +237,7 @@ def finish(
             **args.shown(),
         },
         {"generated subjects above, real ones below": "samples.png"},
-        training_data=training_data,
+        training_data=f"{num_slices} slices.",
     )
-    kept = "the last model" if selection.best is None else f"step {selection.best['step']} of {clock.step}"
+    kept = "the last model" if best is None else f"step {best['step']} of {clock.step}"
     print(f"{output_dir}: kept {kept}" + "".join(f", {name} {value:.4f}" for name, value in figures.items()))

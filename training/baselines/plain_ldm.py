@@ -38,8 +38,7 @@ class PlainLDM(ModelMixin, ConfigMixin):
         layers_per_block: residual blocks on each grid of the denoiser.
         attention_sizes: grids of the denoiser with attention; the coarsest has one more.
         attention_head_dim: channels of one attention head.
-        latents_mean: of each latent channel over the training set.
-        latents_std: of each latent channel over the training set; `None` until `train_plain_ldm.py` measured it.
+        latents_mean, latents_std: of each latent channel over the training set; `None` until it is measured.
 
     Raises:
         ValueError: sizes cannot be halved that often, or widths do not divide.
@@ -86,16 +85,8 @@ class PlainLDM(ModelMixin, ConfigMixin):
             sample_size=sample_size // patch_size,
             mid_block_add_attention=False,
         )
-        self.unet = make_unet(
-            latent_channels,
-            self.latent_size,
-            len(modalities),
-            block_out_channels,
-            layers_per_block,
-            attention_sizes,
-            attention_head_dim,
-            NORM_GROUPS,
-        )
+        widths, attention = (block_out_channels, layers_per_block), (attention_sizes, attention_head_dim)
+        self.unet = make_unet(latent_channels, self.latent_size, len(modalities), *widths, *attention, NORM_GROUPS)
 
     def encode(self, images: torch.Tensor) -> DiagonalGaussianDistribution:
         """Images (B, 1, H, W) in [0, 1] to the posterior of their latents (B, latent_channels, h, w)."""
@@ -107,14 +98,11 @@ class PlainLDM(ModelMixin, ConfigMixin):
         latents = latents.contiguous(memory_format=torch.channels_last)
         return F.pixel_shuffle(self.autoencoder.decode(latents).sample, self.config.patch_size) / 2 + 0.5
 
-    def _shift_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _shift_and_scale(self) -> list[torch.Tensor]:
         if self.config.latents_std is None:
             raise ValueError("latents_std is None: this model was not trained to its end; run train_plain_ldm.py again")
-        mean, std = (
-            torch.tensor(values, device=self.device, dtype=self.dtype)[:, None, None]
-            for values in (self.config.latents_mean, self.config.latents_std)
-        )
-        return mean, std
+        numbers = self.config.latents_mean, self.config.latents_std
+        return [torch.tensor(values, device=self.device, dtype=self.dtype)[:, None, None] for values in numbers]
 
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the autoencoder gives them to mean 0 and deviation 1, channel by channel."""
@@ -142,10 +130,9 @@ class PlainLDM(ModelMixin, ConfigMixin):
 
         Args:
             num_subjects: S, one or more.
-            generator: CPU generator, or one for each subject. The same seed gives the same subjects, whatever the
-                batch size.
+            generator: CPU generator, or one for each subject. A seed fixes the subjects.
             batch_size: subjects at once; only memory and time depend on it.
-            num_inference_steps: denoising steps of each image.
+            num_inference_steps: denoising steps.
 
         Returns:
             (S, n, H, W) float32 in [0, 1] on the CPU.
@@ -179,14 +166,9 @@ def diffusion_loss(
     labels: torch.Tensor,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the predicted velocity, a scalar.
+    """Mean squared error of the velocity that a `PlainLDM` predicts, a scalar.
 
-    Args:
-        model: `PlainLDM`, or what `accelerate` made of it.
-        scheduler: from [`~dldm_pipeline.denoiser.make_scheduler`].
-        latents: (B, latent_channels, h, w), normalised.
-        labels: (B,), which modality.
-        generator: of times and noise.
+    `latents` (B, latent_channels, h, w) are normalised, `labels` (B,) say which modality, `generator` draws times and noise.
     """
     device = latents.device
     times = stratified_timesteps(len(latents), scheduler.config.num_train_timesteps, device, generator)

@@ -26,10 +26,6 @@ from torch import nn
 
 from dldm_pipeline.modalities import check_modalities
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def lrelu(x: torch.Tensor) -> torch.Tensor:
     """Leaky ReLU that keeps the variance of normal input."""
@@ -51,11 +47,7 @@ def upsample(x: torch.Tensor) -> torch.Tensor:
 class EqualLinear(nn.Module):
     """A linear layer whose weights are stored at unit variance and scaled in use, so that all learn at one speed.
 
-    Args:
-        inputs: features in.
-        outputs: features out.
-        bias: initial value of all biases.
-        speed: learning rate against that of the other layers.
+    `bias` is the initial value of all biases, `speed` the learning rate against that of the other layers.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: float = 0.0, speed: float = 1.0):
@@ -90,15 +82,8 @@ class ModulatedConv2d(nn.Module):
     """A convolution whose input channels are scaled by a style, and its output channels back to unit variance.
 
     Scaling the activations gives the same numbers as giving each image a kernel of its own (equations 1 to 3 of the
-    paper, there run as a grouped convolution), and lets all images share one fast convolution.
-
-    Args:
-        inputs: channels in.
-        outputs: channels out.
-        kernel: 1 or 3.
-        style_dim: length of w.
-        demodulate: whether to divide by the expected deviation.
-        up: whether to double the size, with a blur after.
+    paper, there run as a grouped convolution), and lets all images share one fast convolution. `up` doubles the size, with
+    a blur after.
     """
 
     def __init__(
@@ -121,11 +106,6 @@ class ModulatedConv2d(nn.Module):
             power = style.square() @ weight.square().sum(dim=(2, 3)).T
             x = x * (power + 1e-8).rsqrt()[:, :, None, None]
         return x
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generator
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class MappingNetwork(nn.Module):
@@ -162,7 +142,7 @@ class StyledConv(nn.Module):
 
 
 class StyleGAN2(ModelMixin, ConfigMixin):
-    """The generator, with what is needed to sample subjects. Load and save by `from_pretrained`, `save_pretrained`.
+    """The generator, with what is needed to sample subjects.
 
     Args:
         modalities: names, in the order of the images' channels (joint) or of the labels (conditional).
@@ -174,8 +154,7 @@ class StyleGAN2(ModelMixin, ConfigMixin):
         mask: joint form only: the tumour mask is one more channel.
 
     Raises:
-        ValueError: `sample_size` is no such power of two, `channels` does not have one width for each grid, or the
-            conditional form is to have a mask.
+        ValueError: sizes and widths do not fit together, or the conditional form is to have a mask.
     """
 
     @register_to_config
@@ -193,33 +172,24 @@ class StyleGAN2(ModelMixin, ConfigMixin):
         check_grids(sample_size, channels)
         check_modalities(modalities)
         if conditional and mask:
-            raise ValueError(
-                "mask is True and so is conditional: the modalities of a conditional subject share no anatomy that a "
-                "mask could belong to; set one to False"
-            )
+            raise ValueError("mask is True and so is conditional, whose modalities share no anatomy; set one to False")
         self.image_channels = 1 if conditional else len(modalities) + mask
         self.mapping = MappingNetwork(latent_dim, mapping_layers, len(modalities) if conditional else 0)
         self.const = nn.Parameter(torch.randn(1, channels[0], 4, 4))
-        convs, to_image = [StyledConv(channels[0], channels[0], latent_dim)], []
+        convs = [StyledConv(channels[0], channels[0], latent_dim)]
         for a, b in zip(channels, channels[1:], strict=False):
             convs += [StyledConv(a, b, latent_dim, up=True), StyledConv(b, b, latent_dim)]
-        for width in channels:
-            to_image.append(ModulatedConv2d(width, self.image_channels, 1, latent_dim, demodulate=False))
+        to_image = [ModulatedConv2d(a, self.image_channels, 1, latent_dim, demodulate=False) for a in channels]
         self.convs, self.to_image = nn.ModuleList(convs), nn.ModuleList(to_image)
         self.image_bias = nn.Parameter(torch.zeros(self.image_channels))
 
     def forward(
         self, z: torch.Tensor, labels: torch.Tensor | None = None, noises: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """Draw images.
+        """Images (B, image_channels, H, W), about -1 to 1, of z (B, latent_dim), normal.
 
-        Args:
-            z: (B, latent_dim), normal.
-            labels: (B,) int64, which modality; conditional form only.
-            noises: one (B, 1, h, w) for each convolution, from 4x4 up; by default drawn.
-
-        Returns:
-            (B, image_channels, H, W), about -1 to 1.
+        `labels` (B,) say which modality, in the conditional form only; `noises` are one (B, 1, h, w) for each convolution,
+        from 4x4 up, by default drawn.
         """
         w = self.mapping(z, labels)
         noises = [None] * len(self.convs) if noises is None else noises
@@ -227,8 +197,8 @@ class StyleGAN2(ModelMixin, ConfigMixin):
         x = self.convs[0](x, w, noises[0])
         image = self.to_image[0](x, w)
         for level in range(1, len(self.to_image)):
-            x = self.convs[2 * level - 1](x, w, noises[2 * level - 1])
-            x = self.convs[2 * level](x, w, noises[2 * level])
+            for i in (2 * level - 1, 2 * level):
+                x = self.convs[i](x, w, noises[i])
             image = upsample(image) + self.to_image[level](x, w)
         return image + self.image_bias[:, None, None]
 
@@ -248,29 +218,26 @@ class StyleGAN2(ModelMixin, ConfigMixin):
 
         Args:
             num_subjects: S, one or more.
-            generator: CPU generator, or one for each subject. The same seed gives the same subjects, whatever the
-                batch size.
+            generator: CPU generator, or one for each subject. A seed fixes the subjects.
             batch_size: subjects at once; only memory and time depend on it.
-            return_masks: also give the masks.
 
         Returns:
-            (S, n, H, W) float32 in [0, 1] on the CPU; with `return_masks`, also (S, H, W) of 0 and 1, or `None` for a
-            model without masks.
+            (S, n, H, W) float32 in [0, 1] on the CPU; with `return_masks`, also (S, H, W) of 0 and 1, or `None`.
 
         Raises:
             ValueError: `num_subjects` or `batch_size` below 1, or another number of generators.
         """
         generators = subject_generators(num_subjects, generator, batch_size)
         n, conditional = len(self.config.modalities), self.config.conditional
+        shapes = [(self.config.latent_dim,), *[(1, size, size) for size in self.noise_sizes()]]
         results = []
         for start in range(0, num_subjects, batch_size):
             part = generators[start : start + batch_size]
             count = len(part)
-            shapes = [(self.config.latent_dim,), *[(1, size, size) for size in self.noise_sizes()]]
             z, *noises = (randn_tensor((count, *shape), part, self.device, self.dtype) for shape in shapes)
             if conditional:
                 labels = torch.arange(n, device=self.device).repeat(count)
-                z, noises = z.repeat_interleave(n, 0), [noise.repeat_interleave(n, 0) for noise in noises]
+                z, *noises = (x.repeat_interleave(n, 0) for x in (z, *noises))
                 images = self(z, labels, noises).unflatten(0, (count, n))[:, :, 0]
             else:
                 images = self(z, None, noises)
@@ -291,11 +258,6 @@ def check_grids(sample_size: int, channels: Sequence[int]) -> None:
         raise ValueError(f"channels is {list(channels)}; give {grids} positive widths, one for each grid: {sizes}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Discriminator
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class ResidualBlock(nn.Module):
     """Two convolutions beside a short-cut, half the size."""
 
@@ -310,14 +272,9 @@ class ResidualBlock(nn.Module):
 
 
 def minibatch_deviation(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
-    """Add a channel with the mean deviation over groups of images, which shows a generator that repeats itself.
+    """Add a channel to (B, C, H, W): the mean deviation over groups of images, which shows a generator that repeats itself.
 
-    Args:
-        x: (B, C, H, W).
-        group_size: images in a group; the largest divisor of B up to it is taken.
-
-    Returns:
-        (B, C + 1, H, W).
+    A group has the largest divisor of B up to `group_size` images.
     """
     size = next(g for g in range(min(group_size, len(x)), 0, -1) if len(x) % g == 0)
     groups = x.unflatten(0, (size, -1))
@@ -327,13 +284,9 @@ def minibatch_deviation(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
 
 
 class Discriminator(nn.Module):
-    """Images (B, image_channels, H, W) and, if there are labels, (B,) to logits (B,), above zero for real.
+    """Images (B, image_channels, H, W) and labels (B,), if `num_labels` is not 0, to logits (B,), above zero for real.
 
-    Args:
-        image_channels: of an image.
-        sample_size: image height and width, pixels.
-        channels: width on the grid of 4x4, 8x8, ..., sample_size.
-        num_labels: how many labels there are; 0 for none.
+    `sample_size` and `channels` are as in [`StyleGAN2`].
     """
 
     def __init__(self, image_channels: int, sample_size: int, channels: Sequence[int], num_labels: int = 0):
@@ -357,22 +310,15 @@ class Discriminator(nn.Module):
         return logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def translate(images: torch.Tensor, largest: float = 0.125) -> torch.Tensor:
-    """Shift each image by up to a share of its size, (B, C, H, W); every channel alike.
+    """Shift each image of (B, C, H, W) by up to a share of its size, every channel alike.
 
-    The border is filled with grey, 0. Black would hide the shift, as slices have black borders, and the generator would
-    then learn to shift its brains as well; so the discriminator sees what the shift was.
+    The border is filled with grey, 0: black would hide the shift, as slices have black borders, and the generator would
+    then learn to shift its brains as well.
     """
-    reach, size = round(largest * images.shape[-1]), images.shape[-2:]
+    reach, (height, width) = round(largest * images.shape[-1]), images.shape[-2:]
     if not reach:
         return images
-    padded = F.pad(images, [reach] * 4).unbind()
     corners = torch.randint(2 * reach + 1, (len(images), 2)).tolist()
-    return torch.stack(
-        [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(padded, corners, strict=True)]
-    )
+    pairs = zip(F.pad(images, [reach] * 4), corners, strict=True)
+    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in pairs])

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from baseline_utils import Extractor, Selection, Slices, finish, read_slices, validate
+from accelerate.utils import tqdm
+from baseline_utils import Extractor, Selection, Slices, finish, random_images, read_slices, validate
 from plain_ldm import PlainLDM, diffusion_loss
-from tqdm.auto import tqdm
 
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.denoiser import make_scheduler
@@ -35,27 +36,10 @@ WEIGHTS = {"l1": 1.0, "mse": 30.0, "edge": 0.5, "spectrum": 0.05, "kl": 1e-4}
 
 
 def build_model(args: PlainLDMArgs, modalities: tuple[str, ...]) -> PlainLDM:
-    """The untrained model.
-
-    Raises:
-        ValueError: sizes and widths do not fit together.
-    """
+    """The untrained model; a ValueError where sizes and widths do not fit together."""
     names = ("patch_size", "autoencoder_channels", "autoencoder_layers", "latent_channels")
     names += ("block_out_channels", "layers_per_block", "attention_sizes", "attention_head_dim")
     return PlainLDM(modalities, args.resolution, **{name: getattr(args, name) for name in names})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# First stage
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def random_images(slices: Slices, size: int) -> torch.Tensor:
-    """Real images (B, 1, H, W) in [0, 1] of modalities that are there, half of them mirrored."""
-    rows = torch.randint(len(slices), (size,), device=slices.images.device)
-    modality = torch.multinomial(slices.present[rows].float(), 1)[:, 0]
-    images = slices.images[rows, modality][:, None].float()
-    return torch.where(torch.rand(size, 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
 
 
 class AutoencoderLoss(torch.nn.Module):
@@ -72,8 +56,8 @@ class AutoencoderLoss(torch.nn.Module):
         posterior = encode(images)
         rebuilt = decode(posterior.sample())
         terms = {
-            "l1": (rebuilt - images).abs().mean(),
-            "mse": (rebuilt - images).square().mean(),
+            "l1": F.l1_loss(rebuilt, images),
+            "mse": F.mse_loss(rebuilt, images),
             "edge": edge_loss(rebuilt, images),
             "spectrum": spectrum_loss(rebuilt, images, rings=images.shape[-1] // 4),
             "kl": posterior.kl().mean() / posterior.mean[0].numel(),
@@ -86,19 +70,15 @@ def train_autoencoder(
 ) -> None:
     """Train `model.autoencoder`, measure its latents, and write the model to `first_stage` in the output folder."""
     folder = Path(args.output_dir) / "first_stage"
-    stage = replace(
-        args,
-        output_dir=str(folder),
-        max_train_steps=args.autoencoder_steps,
-        max_train_minutes=args.max_train_minutes and args.max_train_minutes * args.autoencoder_fraction,
-        resume_from_checkpoint=args.resume_from_checkpoint and "latest",
-    )
-    objective, optimizer = accelerator.prepare(
-        AutoencoderLoss(model), MuonAdamW(model.autoencoder, args.autoencoder_learning_rate)
-    )
+    minutes = args.max_train_minutes and args.max_train_minutes * args.autoencoder_fraction
+    resume = args.resume_from_checkpoint and "latest"
+    stage = replace(args, output_dir=str(folder), max_train_steps=args.autoencoder_steps, max_train_minutes=minutes)
+    stage.resume_from_checkpoint = resume
+    optimizer = MuonAdamW(model.autoencoder, args.autoencoder_learning_rate)
+    objective, optimizer = accelerator.prepare(AutoencoderLoss(model), optimizer)
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        loss = objective(random_images(slices, args.autoencoder_batch_size))
+        loss = objective(random_images(slices, args.autoencoder_batch_size)[0])
         update(accelerator, loss, model.autoencoder.parameters(), optimizer)
         return {"loss": loss}
 
@@ -113,13 +93,10 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def encode_slices(model: PlainLDM, slices: Slices, mirror: bool, show_progress: bool = False) -> torch.Tensor:
-    """Posterior modes (N, V, n, c, h, w) float16 of every modality of every slice, V = 2 with its mirror image.
-
-    Those of missing modalities mean nothing.
-    """
+def encode_slices(model: PlainLDM, slices: Slices, mirror: bool) -> torch.Tensor:
+    """Posterior modes (N, V, n, c, h, w) float16 of every modality, missing ones too; V = 2 with the mirror image."""
     results = []
-    for part in tqdm(slices.images.split(16), "encoding slices", unit="batch", disable=not show_progress):
+    for part in tqdm(slices.images.split(16), desc="encoding slices", unit="batch"):
         part = part.float()
         views = torch.stack([part, part.flip(-1)] if mirror else [part], dim=1)
         modes = model.encode(views.flatten(0, 2)[:, None]).mode()
@@ -142,11 +119,6 @@ def rebuilding_psnr(model: PlainLDM, slices: Slices) -> float:
     return float(psnr(images, rebuilt.clamp(0, 1)).mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Second stage
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def random_latents(latents: torch.Tensor, present: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random latents (B, c, h, w) and labels (B,) from (N, V, n, c, h, w); never of a missing modality."""
     rows = torch.randint(len(latents), (size,), device=latents.device)
@@ -161,10 +133,8 @@ def validation_loss(model: PlainLDM, latents: torch.Tensor, present: torch.Tenso
     labels = present.nonzero()[:, 1]
     chosen = torch.linspace(0, len(labels) - 1, min(VALIDATION_IMAGES, len(labels))).long().to(labels.device)
     latents, generator = latents[:, 0][present], torch.Generator(latents.device).manual_seed(0)
-    losses = [
-        diffusion_loss(model, make_scheduler(), latents[part].float(), labels[part], generator)
-        for part in chosen.split(64)
-    ]
+    scheduler, parts = make_scheduler(), chosen.split(64)
+    losses = [diffusion_loss(model, scheduler, latents[part].float(), labels[part], generator) for part in parts]
     return float(torch.stack(losses).mean())
 
 
@@ -172,23 +142,23 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     """Train as the command line says. `extractor` gives the features for KID; by default those of the evaluation."""
     args = parse_args(PlainLDMArgs, __doc__, PRESETS, argv)
     accelerator = make_accelerator(args, "dldm-plain-ldm")
-    output_dir, is_main, device = Path(args.output_dir), accelerator.is_main_process, accelerator.device
+    is_main, device = accelerator.is_main_process, accelerator.device
     data = find_dataset(accelerator, args, args.resolution, args.modalities)
     train_set = open_split(data, "train", args.resolution, args.modalities)
     validation_set = open_split(data, "validation", args.resolution, args.modalities)
     model = build_model(args, train_set.modalities)
-    slices = read_slices(train_set, num_workers=args.dataloader_num_workers, show_progress=is_main).to(device)
-    held_out = read_slices(validation_set, num_workers=args.dataloader_num_workers).to(device)
-    selection = None
-    if is_main:
-        selection = Selection(args, held_out, train_set.modalities, extractor)
-    parameters = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.autoencoder, model.unet)]
+    slices, held_out = (
+        read_slices(split, num_workers=args.dataloader_num_workers, device=device)
+        for split in (train_set, validation_set)
+    )
+    selection = Selection(args, held_out, train_set.modalities, extractor) if is_main else None
+    parameters = [part.num_parameters() for part in (model.autoencoder, model.unet)]
     accelerator.print(
         f"{len(train_set)} training and {len(validation_set)} validation slices of {', '.join(train_set.modalities)}; "
-        f"autoencoder {parameters[0]:.2f} M, denoiser {parameters[1]:.2f} M parameters"
+        f"autoencoder {parameters[0] / 1e6:.2f} M, denoiser {parameters[1] / 1e6:.2f} M parameters"
     )
 
-    first_stage = output_dir / "first_stage"
+    first_stage = Path(args.output_dir) / "first_stage"
     model.to(device, memory_format=torch.channels_last)
     if args.resume_from_checkpoint and (first_stage / "config.json").is_file():
         done = PlainLDM.from_pretrained(first_stage)
@@ -197,7 +167,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     else:
         train_autoencoder(model, slices, held_out, args, accelerator)
     model.autoencoder.eval().requires_grad_(False)
-    latents = model.normalize(encode_slices(model, slices, mirror=True, show_progress=is_main)).half()
+    latents = model.normalize(encode_slices(model, slices, mirror=True)).half()
     held_out_latents = model.normalize(encode_slices(model, held_out, mirror=False)).half()
 
     scheduler = make_scheduler()
@@ -212,9 +182,8 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
         figures = {"v-loss": validation_loss(model, held_out_latents, held_out.present)}
         return figures | validate(selection, model, clock, args.seed, path)
 
-    stage = replace(
-        args, max_train_minutes=args.max_train_minutes and args.max_train_minutes * (1 - args.autoencoder_fraction)
-    )
+    minutes = args.max_train_minutes and args.max_train_minutes * (1 - args.autoencoder_fraction)
+    stage = replace(args, max_train_minutes=minutes)
     clock = fit(accelerator, stage, model.unet, denoiser, [optimizer], step, validate_denoiser, name="denoiser")
     if is_main:
         finish(
@@ -227,11 +196,11 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
             "A class-conditional latent diffusion model (Rombach et al. 2022) that generates "
             f"{', '.join(train_set.modalities)} one by one at {args.resolution}x{args.resolution}, without a mask.",
             {
-                "autoencoder parameters": round(parameters[0] * 1e6),
-                "denoiser parameters": round(parameters[1] * 1e6),
+                "autoencoder parameters": parameters[0],
+                "denoiser parameters": parameters[1],
                 "PSNR of held-out images (dB)": rebuilding_psnr(model, held_out),
             },
-            f"{len(train_set)} slices.",
+            len(train_set),
         )
     accelerator.end_training()
 

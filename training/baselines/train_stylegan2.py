@@ -13,7 +13,7 @@ share one anatomy by construction. OUT then holds the generator of the step with
 from pathlib import Path
 
 import torch
-from baseline_utils import Extractor, Selection, Slices, finish, read_slices, validate
+from baseline_utils import Extractor, Selection, Slices, finish, mirror_half, random_images, read_slices, validate
 from stylegan2 import Discriminator, StyleGAN2, translate
 
 from dldm_pipeline.cli import exit_on_user_error
@@ -27,27 +27,13 @@ MAX_GRAD_NORM = 100.0
 
 
 def build_networks(args: StyleGAN2Args, modalities: tuple[str, ...]) -> tuple[StyleGAN2, Discriminator]:
-    """Generator and discriminator, untrained.
-
-    Raises:
-        ValueError: the widths do not fit the resolution.
-    """
+    """Generator and discriminator, untrained; a ValueError where the widths do not fit the resolution."""
+    size, conditional, widths = args.resolution, args.conditional, args.discriminator_channels or args.channels
     try:
         generator = StyleGAN2(
-            modalities,
-            args.resolution,
-            args.channels,
-            args.latent_dim,
-            args.mapping_layers,
-            args.conditional,
-            not args.conditional,
+            modalities, size, args.channels, args.latent_dim, args.mapping_layers, conditional, not conditional
         )
-        discriminator = Discriminator(
-            generator.image_channels,
-            args.resolution,
-            args.discriminator_channels or args.channels,
-            len(modalities) if args.conditional else 0,
-        )
+        discriminator = Discriminator(generator.image_channels, size, widths, len(modalities) if conditional else 0)
     except ValueError as error:
         raise ValueError(f"--resolution, --channels, --discriminator_channels: {error}") from error
     return generator, discriminator
@@ -57,21 +43,15 @@ def random_batch(slices: Slices, size: int, conditional: bool) -> tuple[torch.Te
     """Random real images, half of them mirrored.
 
     Returns:
-        (B, C, H, W) float32 in [-1, 1]: all modalities and, if `slices` has masks, the mask; or, conditional, the one
-        modality of the label. And labels (B,) or `None`.
+        (B, C, H, W) float32 in [-1, 1]: all modalities and the mask; or, conditional, the one modality of the label. And
+        labels (B,) or `None`.
     """
-    device = slices.images.device
-    rows = torch.randint(len(slices), (size,), device=device)
-    labels, masks = None, None
     if conditional:
-        labels = torch.multinomial(slices.present[rows].float(), 1)[:, 0]
-        images, present = slices.images[rows, labels][:, None], torch.ones(size, 1, dtype=torch.bool, device=device)
-    else:
-        images, present = slices.images[rows], slices.present[rows]
-        masks = None if slices.masks is None else slices.masks[rows].float()
-    images = to_channels(images.float(), present, masks)
-    mirrored = torch.rand(size, 1, 1, 1, device=device) < 0.5
-    return torch.where(mirrored, images.flip(-1), images), labels
+        images, labels = random_images(slices, size)
+        return to_channels(images, torch.ones(size, 1, dtype=torch.bool, device=images.device), None), labels
+    rows = torch.randint(len(slices), (size,), device=slices.images.device)
+    images = to_channels(slices.images[rows].float(), slices.present[rows], slices.masks[rows].float())
+    return mirror_half(images), None
 
 
 def make_adam(model: torch.nn.Module, args: StyleGAN2Args, interval: int = 0) -> torch.optim.Adam:
@@ -84,30 +64,31 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     """Train as the command line says. `extractor` gives the features for KID; by default those of the evaluation."""
     args = parse_args(StyleGAN2Args, __doc__, PRESETS, argv)
     accelerator = make_accelerator(args, "dldm-stylegan2")
-    is_main, workers = accelerator.is_main_process, args.dataloader_num_workers
+    is_main, workers, device = accelerator.is_main_process, args.dataloader_num_workers, accelerator.device
     data = find_dataset(accelerator, args, args.resolution, args.modalities)
     train_set = open_split(data, "train", args.resolution, args.modalities)
     validation_set = open_split(data, "validation", args.resolution, args.modalities)
     generator, discriminator = build_networks(args, train_set.modalities)
-    slices = read_slices(train_set, not args.conditional, workers, is_main).to(accelerator.device)
+    slices = read_slices(train_set, not args.conditional, workers, device)
     selection = None
     if is_main:
-        real = read_slices(validation_set, num_workers=workers).to(accelerator.device)
+        real = read_slices(validation_set, num_workers=workers, device=device)
         selection = Selection(args, real, train_set.modalities, extractor)
-    parameters = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (generator, discriminator)]
+    parameters = [sum(p.numel() for p in model.parameters()) for model in (generator, discriminator)]
     accelerator.print(
         f"{len(slices)} of {len(train_set)} training and {len(validation_set)} validation slices of "
-        f"{', '.join(train_set.modalities)}; generator {parameters[0]:.2f} M, discriminator {parameters[1]:.2f} M parameters"
+        f"{', '.join(train_set.modalities)}; generator {parameters[0] / 1e6:.2f} M, "
+        f"discriminator {parameters[1] / 1e6:.2f} M parameters"
     )
     for model in (generator, discriminator):
-        model.to(accelerator.device, memory_format=torch.channels_last)
+        model.to(device, memory_format=torch.channels_last)
     generate, judge, *optimizers = accelerator.prepare(
         generator, discriminator, make_adam(generator, args), make_adam(discriminator, args, args.r1_interval)
     )
 
     def step(number: int) -> dict[str, torch.Tensor]:
         real, labels = random_batch(slices, args.train_batch_size, args.conditional)
-        fake = generate(torch.randn(len(real), args.latent_dim, device=accelerator.device), labels)
+        fake = generate(torch.randn(len(real), args.latent_dim, device=device), labels)
 
         real = translate(real, args.translation)
         is_penalised = args.r1_gamma > 0 and number % args.r1_interval == 0
@@ -144,11 +125,8 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
             "StyleGAN2 of brain MRI",
             f"A StyleGAN2 generator (Karras et al. 2020), {form}, of {', '.join(train_set.modalities)} at "
             f"{args.resolution}x{args.resolution}" + ("." if args.conditional else " with the tumour mask."),
-            {
-                "generator parameters": round(parameters[0] * 1e6),
-                "discriminator parameters": round(parameters[1] * 1e6),
-            },
-            f"{len(slices)} slices.",
+            {"generator parameters": parameters[0], "discriminator parameters": parameters[1]},
+            len(slices),
         )
     accelerator.end_training()
 

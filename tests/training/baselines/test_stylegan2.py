@@ -1,15 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from stylegan2 import (
-    Discriminator,
-    ModulatedConv2d,
-    StyleGAN2,
-    blur,
-    minibatch_deviation,
-    translate,
-    upsample,
-)
+from stylegan2 import Discriminator, ModulatedConv2d, StyleGAN2, blur, minibatch_deviation, translate, upsample
 
 from dldm_pipeline.losses import r1_penalty
 

@@ -47,7 +47,7 @@ def encode_exchanged(
 
     Args:
         batch: `images` (B, n, H, W) in [0, 1], or `inputs` in their place; `present` (B, n) bool; `anatomy` and
-            `acquisition` (B,) int.
+            `acquisition` (B,) int, each row its own without.
         subset_probability: fraction of structures from a [`random_subset`] of the modalities.
 
     Returns:
@@ -55,10 +55,10 @@ def encode_exchanged(
         (B, c_s, h, w) of the structures of random subsets, of each row or another one of its anatomy.
     """
     present = batch["present"]
-    twin = random_partners(batch["anatomy"], TWIN_PROBABILITY)
-    donor = random_partners(batch["acquisition"], DONOR_PROBABILITY)[:, None].expand(present.shape)
-    own = torch.arange(len(present), device=present.device)[:, None]
-    donor = torch.where(present.gather(0, donor), donor, own)  # a donor that lacks the modality is not used
+    own = torch.arange(len(present), device=present.device)
+    twin = random_partners(batch.get("anatomy", own), TWIN_PROBABILITY)
+    donor = random_partners(batch.get("acquisition", own), DONOR_PROBABILITY)[:, None].expand(present.shape)
+    donor = torch.where(present.gather(0, donor), donor, own[:, None])  # a donor that lacks the modality is not used
     full, some = autoencoder.encode_subsets(batch.get("inputs", batch["images"]), [present, random_subset(present)])
     styles = full.style_dist.sample()[donor, torch.arange(present.shape[1], device=present.device)]
     from_subset = torch.rand(len(present), 1, 1, 1, device=present.device) < subset_probability

@@ -20,9 +20,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from dldm_pipeline.appearance import AcquisitionSampler, two_appearances
+from dldm_pipeline.appearance import AcquisitionSampler
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
 from dldm_pipeline.data.phantom import phantom_dataset
+from dldm_pipeline.data.simulated_slices import simulated_dataset
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.encoding import validate_autoencoder
 from dldm_pipeline.modalities import DEFAULT_MODALITIES
@@ -112,24 +113,23 @@ def log_image(accelerator: Accelerator, name: str, image: Any, step: int) -> Non
 
 
 def find_dataset(
-    accelerator: Accelerator, args: TrainingArgs, size: int, modalities: Sequence[str] | None
+    accelerator: Accelerator, args: TrainingArgs, size: int, modalities: Sequence[str] | None, acquisitions: int = 0
 ) -> str | Path:
     """The data set of `--dataset`, or the folder of simulated subjects, made by the main process first.
 
     Args:
         size: height and width of simulated slices, pixels.
         modalities: what to simulate; the five defaults for `None`.
+        acquisitions: in how many each subject is seen; 0 takes the phantoms that the bundled pipeline was trained on.
     """
     if args.dataset is not None:
         return args.dataset
+    options = {"root": args.cache_dir, "show_progress": accelerator.is_main_process}
     with accelerator.main_process_first():
-        return phantom_dataset(
-            args.phantom_subjects,
-            size,
-            modalities or DEFAULT_MODALITIES,
-            root=args.cache_dir,
-            show_progress=accelerator.is_main_process,
-        )
+        if acquisitions:
+            options |= {"acquisitions": acquisitions}
+            return simulated_dataset(args.phantom_subjects, size, modalities or DEFAULT_MODALITIES, **options)
+        return phantom_dataset(args.phantom_subjects, size, modalities or DEFAULT_MODALITIES, **options)
 
 
 def open_split(data: str | Path, split: str, size: int, modalities: Sequence[str] | None = None) -> SliceDataset:
@@ -289,10 +289,9 @@ def fit_on_slices(
     train_set: SliceDataset,
     validation_set: SliceDataset,
 ) -> DataLoader:
-    """[`fit`] of an autoencoder on batches of slices that share anatomies and acquisitions, every second batch mirrored.
+    """[`fit`] of an autoencoder on batches of slices, every second one mirrored.
 
-    Where the data do not know of acquisitions, as of real scans, half as many slices are read and each gets
-    [`two_appearances`].
+    Of simulated subjects a batch holds several under one acquisition and one under several ([`AcquisitionSampler`]).
 
     Args:
         accelerator: from [`make_accelerator`].
@@ -307,7 +306,7 @@ def fit_on_slices(
     """
     workers = {"num_workers": args.dataloader_num_workers, "persistent_workers": args.dataloader_num_workers > 0}
     if train_set.acquisitions is None:
-        loader = DataLoader(train_set, args.train_batch_size // 2, True, drop_last=True, **workers)
+        loader = DataLoader(train_set, args.train_batch_size, True, drop_last=True, **workers)
     else:
         sampler = AcquisitionSampler(train_set.anatomies, train_set.acquisitions, args.train_batch_size)
         loader = DataLoader(train_set, batch_sampler=sampler, **workers)
@@ -325,7 +324,7 @@ def fit_on_slices(
         batch = next(batches)
         if torch.rand(()) < 0.5:
             batch |= {key: batch[key].flip(-1) for key in ("images", "mask", "labels")}
-        terms = objective(batch if "acquisition" in batch else two_appearances(batch))
+        terms = objective(batch)
         loss = sum(weights[name] * term for name, term in terms.items())
         update(accelerator, loss, autoencoder.parameters(), optimizer)
         return {"loss": loss, **terms}

@@ -52,7 +52,10 @@ def test_curves_are_monotone_and_keep_black():
     # Another curve for every image, and other contrasts, not only another brightness.
     middle, bright = (curved[:, :2][(images[:, :2] - v).abs() < 0.01] for v in (0.4, 0.8))
     assert middle.std() > 0.05 and bright.std() > 0.05
-    ratio = [float((a[(i - 0.4).abs() < 0.02].mean() / a[(i - 0.8).abs() < 0.02].mean())) for i, a in zip(images[:, 0], curved[:, 0], strict=True)]
+    ratio = [
+        float(a[(i - 0.4).abs() < 0.02].mean() / a[(i - 0.8).abs() < 0.02].mean())
+        for i, a in zip(images[:, 0], curved[:, 0], strict=True)
+    ]
     assert np.std(ratio) > 0.03
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from dldm_pipeline import DisentangledAutoencoder
+from dldm_pipeline.appearance import two_appearances
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.encoding import encode_exchanged, measure_latents, measure_noise, validate_autoencoder
 from dldm_pipeline.hub import write_model_card, write_pretrained
@@ -52,9 +53,11 @@ class DisentangledLoss(torch.nn.Module):
         self.errors: torch.Tensor | None = None  # running squared error of each modality
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "acquisition" not in batch:  # real slices, whose scanners are not known
+            batch = two_appearances(batch)
         images, present, args = batch["images"], batch["present"], self.args
         foreground = foreground_of(images, present)
-        # Strategies 1 and 3: one structure a subject, and styles exchanged within an acquisition.
+        # Strategies 1 and 3: one structure a subject, and styles exchanged, with a target that follows the style.
         structure, styles, full, subset_mode = encode_exchanged(self.autoencoder, batch, args.subset_probability)
         mode = full.structure_dist.mode().detach()
         variance = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
@@ -74,7 +77,7 @@ class DisentangledLoss(torch.nn.Module):
         squared = terms.pop("squared").detach().float().clamp(min=1e-5)
         self.errors[chosen] = self.errors[chosen].lerp(squared, 0.02)
         return terms | {
-            "mask": mask_loss(output.regions, *nested_regions(batch, output.regions.shape[1])),
+            "mask": mask_loss(output.regions, *nested_regions(batch, self.autoencoder.config.num_regions)),
             "agreement": ((subset_mode - mode) ** 2 / variance).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()
             + full.style_dist.kl().mean() / styles[0, 0].numel(),
@@ -142,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(AutoencoderArgs, __doc__, PRESETS, argv)
     accelerator = make_accelerator(args, "dldm-autoencoder")
     output_dir, workers = Path(args.output_dir), args.dataloader_num_workers
-    data = find_dataset(accelerator, args, args.resolution, args.modalities)
+    data = find_dataset(accelerator, args, args.resolution, args.modalities, acquisitions=2)
     train_set = open_split(data, "train", args.resolution, args.modalities)
     validation_set = open_split(data, "validation", args.resolution, args.modalities)
     model = build_autoencoder(args, train_set.modalities)

@@ -115,7 +115,7 @@ class DecoderLoss(torch.nn.Module):
             foreground[:paired],
         )
         del rebuilt["squared"]
-        regions, known = nested_regions(batch, output.regions.shape[1])
+        regions, known = nested_regions(batch, self.autoencoder.config.num_regions)
         mask = mask_loss(output.regions[:paired], regions[:paired], known[:paired])
         return terms | rebuilt | {"mask": mask}
 

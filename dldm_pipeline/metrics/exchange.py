@@ -2,8 +2,10 @@
 
 Three questions, each with a figure for each modality:
 
-1. Is (structure of A, style of B's scanner) A as B's scanner shows it? PSNR against the simulated image ([`exchange_against_truth`]).
-2. Where does the appearance sit? R² of tissue means from a linear probe of the styles, and of the structure ([`appearance_probes`]).
+1. Is (structure of A, style of B's scanner) A as B's scanner shows it? PSNR against the simulated image
+   ([`exchange_against_truth`]).
+2. Where does the appearance sit? R² of tissue means from a linear probe of the styles, and of the structure
+   ([`appearance_probes`]).
 3. Does the anatomy stay where it is? Dice of thresholded white matter with exchanged styles, over that with own styles.
 
 Of real scans the truth is unknown. There two subjects get random intensity curves, and an exchanged style should bring the
@@ -60,7 +62,9 @@ def tissue_means(subject: SimulatedSubject) -> np.ndarray:
     means = []
     for name in TISSUES:
         pure = subject.tissues[name] > PURE
-        means.append(subject.images[:, pure].mean(1) if pure.sum() >= FEWEST_PIXELS else np.full(len(subject.images), np.nan))
+        means.append(
+            subject.images[:, pure].mean(1) if pure.sum() >= FEWEST_PIXELS else np.full(len(subject.images), np.nan)
+        )
     return np.stack(means, axis=1)
 
 

@@ -3,15 +3,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dldm_pipeline import BUNDLED_CHECKPOINT, DisentangledAutoencoder
+from dldm_pipeline import BUNDLED_CHECKPOINT, DisentangledAutoencoder, encoding
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.data.slices import SliceDataset, write_slices
 from dldm_pipeline.encoding import (
     encode_dataset,
-    encode_mixed,
     measure_latents,
     measure_noise,
-    random_style_donors,
     random_subset,
     validate_autoencoder,
 )
@@ -44,32 +42,36 @@ def test_subsets_are_non_empty_and_of_what_is_present():
     assert (counts[1:] > 140).all() and counts[0] > 1100  # one alone in six of ten, the other sizes equally likely
 
 
-def test_styles_come_from_the_same_modality_of_subjects_that_have_it():
-    present = torch.rand(64, 4) < 0.7
-    donors = random_style_donors(present, 1.0)
-    own = torch.arange(64)[:, None]
-    exchanged = donors != own
-    assert present.gather(0, donors)[exchanged].all()
-    assert exchanged.float().mean() > 0.5
-    assert torch.equal(random_style_donors(present, 0.0), own.expand(64, 4))
-
-
-def test_structures_and_styles_are_those_of_the_posteriors(tiny_autoencoder):
-    subjects = batch(16)
+def test_structures_are_of_the_anatomy_and_styles_of_the_acquisition(tiny_autoencoder, monkeypatch):
     for model_part in (tiny_autoencoder.structure_out, tiny_autoencoder.style_out):  # no noise: samples are modes
         half = model_part[-1].bias.shape[0] // 2
         model_part[-1].weight.data[half:], model_part[-1].bias.data[half:] = 0, -30
+    subjects, order = batch(16), torch.arange(16)
+    subjects["present"][:, 1] = order % 4 > 0  # T2 is missing in one row of each acquisition
+    groups = {"anatomy": order // 2, "acquisition": order % 8 // 4}
+    for probability, subset in ((0.0, 0.0), (1.0, 1.0)):
+        monkeypatch.setattr(encoding, "TWIN_PROBABILITY", probability)
+        monkeypatch.setattr(encoding, "DONOR_PROBABILITY", probability)
+        with torch.no_grad():
+            structure, styles, full, mode = encoding.encode_exchanged(tiny_autoencoder, subjects | groups, subset)
+        own = full.style_dist.mode()
+        same = (styles[:, None] - own[None]).abs().amax(dim=-1) < 1e-3  # row, donor, modality
+        assert same.any(dim=1).all()
+        row, donor, modality = same.nonzero().T
+        assert torch.equal(groups["acquisition"][row], groups["acquisition"][donor])
+        assert subjects["present"][donor, modality][row != donor].all()
+        twin = order ^ 1 if probability else order  # the other row of the anatomy
+        if subset:
+            torch.testing.assert_close(structure, mode, rtol=0, atol=1e-3)
+            assert (same[order, order].float().mean(dim=0) < 0.6).all()  # T2 often has no donor
+        else:
+            torch.testing.assert_close(structure, full.structure_dist.mode()[twin], rtol=0, atol=1e-3)
+            assert same[order, order].all()
+    # Without groups every row is its own.
     with torch.no_grad():
-        for mix, subset in ((0.0, 0.0), (1.0, 1.0)):
-            inputs = subjects["images"], subjects["present"]
-            structure, styles, full, some = encode_mixed(tiny_autoencoder, *inputs, mix, subset)
-            source = some if subset else full
-            torch.testing.assert_close(structure, source.structure_dist.mode(), rtol=0, atol=1e-3)
-            own = full.style_dist.mode()
-            same = (styles[:, None] - own[None]).abs().amax(dim=-1) < 1e-3  # subject, donor, modality
-            assert same.any(dim=1).all()
-            is_own = same[torch.arange(16), torch.arange(16)]
-            assert is_own.all() if not mix else is_own.float().mean() < 0.3
+        structure, styles, full, mode = encoding.encode_exchanged(tiny_autoencoder, subjects, 0.0)
+    torch.testing.assert_close(structure, full.structure_dist.mode(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(styles, full.style_dist.mode(), rtol=0, atol=1e-3)
 
 
 # A whole data set

@@ -15,6 +15,7 @@ from dldm_pipeline.losses import (
     foreground_of,
     generator_loss,
     mask_loss,
+    nested_regions,
     near_tumour,
     noise_std,
     patch_artefacts,
@@ -133,12 +134,23 @@ def test_edges_and_spectrum_see_a_blur():
 def test_no_tumour_is_no_answer_to_a_small_one():
     mask = torch.zeros(2, 32, 32)
     mask[0, 8:12, 8:12] = 1
-    known = torch.tensor([True, False])
+    mask, known = mask[:, None], torch.tensor([[True], [False]])
     right, none = (mask * 2 - 1) * 20, torch.full_like(mask, -20.0)
     assert mask_loss(right, mask, known) < 1e-3 < 0.4 < mask_loss(none, mask, known)
     other = none.clone()
     other[1] = 20  # nobody knows this mask
     assert mask_loss(other, mask, known) == mask_loss(none, mask, known)
+
+
+def test_regions_are_nested_and_known_only_with_labels():
+    labels = torch.tensor([[[0, 1, 2, 3]], [[0, 0, 0, 0]]], dtype=torch.uint8)
+    batch = {"labels": labels, "mask": torch.tensor([[[0.0, 1, 1, 1]], [[1.0, 0, 0, 0]]])}
+    batch |= {"has_mask": torch.tensor([True, True]), "has_labels": torch.tensor([True, False])}
+    regions, known = nested_regions(batch, 3)
+    assert regions[0, :, 0].tolist() == [[0, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]]
+    assert known.tolist() == [[True, True, True], [True, False, False]]
+    whole, known = nested_regions(batch, 1)
+    assert torch.equal(whole[:, 0], batch["mask"]) and known.tolist() == [[True], [True]]
 
 
 # Subjects whose images nobody knows

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
 from dldm_pipeline.pipeline_dldm import DLDMPipeline, DLDMPipelineOutput
 
 
@@ -73,9 +74,26 @@ def test_output_types_agree(pipe):
     assert np.array_equal(others["pil"].masks[0], output.masks[0] * np.uint8(255))
     assert others["pil"].by_modality["WB"][1] is image
     assert others["latent"].images is None and others["latent"].masks is None
-    assert len(call(pipe, output_type="latent", return_dict=False)) == 5
+    assert len(call(pipe, output_type="latent", return_dict=False)) == 6
     with pytest.raises(ValueError, match="latent"):
         _ = others["latent"].by_modality
+
+
+def test_labels_are_where_the_mask_is(pipe):
+    assert call(pipe, output_type="np").labels is None  # this autoencoder knows the whole tumour only
+    pipe.autoencoder = DisentangledAutoencoder.from_config(pipe.autoencoder.config, num_regions=3).eval()
+    for parameter in pipe.autoencoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    output = call(pipe, output_type="np")
+    assert output.labels.dtype == np.uint8 and set(np.unique(output.labels)) == {0, 1, 2, 3}
+    assert np.array_equal(output.labels > 0, output.masks)
+    with torch.no_grad():
+        decoded = pipe.autoencoder.decode(output.structure, output.styles)
+    _, core, enhancing = (decoded.regions > 0).numpy().swapaxes(0, 1)
+    assert np.array_equal(output.labels == 2, output.masks & ~core)
+    assert np.array_equal(output.labels == 3, output.masks & core & enhancing)
+    assert np.array_equal(call(pipe, output_type="pt").labels, output.labels)
+    assert np.array_equal(call(pipe, output_type="pil").labels[1], output.labels[1])
 
 
 # -- what fixes a subject

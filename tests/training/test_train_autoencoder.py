@@ -19,9 +19,11 @@ def weights(folder):
 def batch(size=4):
     images = torch.rand(size, 3, 32, 32).clamp(min=0.1)
     images[:, :, :4] = 0
-    mask = (torch.rand(size, 32, 32) < 0.1).float()
-    present = torch.ones(size, 3, dtype=torch.bool)
-    return {"images": images, "present": present, "mask": mask, "has_mask": torch.ones(size, dtype=torch.bool)}
+    labels, known = torch.randint(4, (size, 32, 32), dtype=torch.uint8), torch.ones(size, dtype=torch.bool)
+    masks = {"mask": (labels > 0).float(), "labels": labels, "has_mask": known, "has_labels": known}
+    order = torch.arange(size)
+    groups = {"anatomy": order // 2, "acquisition": order % 2}
+    return {"images": images, "present": torch.ones(size, 3, dtype=torch.bool), **masks, **groups}
 
 
 def test_a_run_writes_an_autoencoder_with_its_scales_and_pictures(autoencoder_run):
@@ -58,7 +60,7 @@ def test_a_seed_fixes_the_weights_and_resumed_training_goes_on_from_the_checkpoi
         (["--dataset=/nowhere"], "/nowhere"),
         (["--train_batch_size=17"], "--train_batch_size 17: too many for the 12 training slices"),
         (["--init_from=absent"], "--init_from absent: no autoencoder there"),
-        (["--mix_probability=2"], "--mix_probability 2.0: must be between 0 and 1"),
+        (["--subset_probability=2"], "--subset_probability 2.0: must be between 0 and 1"),
         (["--encoder_channels", "8", "0"], "--encoder_channels 0"),
     ],
 )

@@ -14,6 +14,8 @@ def batch(pipeline, size=4):
         "present": torch.ones(size, n, dtype=torch.bool),
         "mask": (torch.rand(size, pixels, pixels) < 0.1).float(),
         "has_mask": torch.ones(size, dtype=torch.bool),
+        "labels": torch.zeros(size, pixels, pixels, dtype=torch.uint8),
+        "has_labels": torch.zeros(size, dtype=torch.bool),
     }
 
 
@@ -66,13 +68,13 @@ def test_every_term_has_a_gradient_in_the_decoder(tiny_pipeline):
 
 def test_half_of_a_batch_is_new_and_a_quarter_is_denoised(tiny_pipeline, monkeypatch):
     objective, given = make_loss(tiny_pipeline), []
-    decode, encode_mixed = objective.autoencoder.decode, train_decoder.encode_mixed
+    decode, encode_exchanged = objective.autoencoder.decode, train_decoder.encode_exchanged
 
     def encode(*args):
-        structure, *others = encode_mixed(*args)
+        structure, *others = encode_exchanged(*args)
         return torch.ones_like(structure), *others
 
-    monkeypatch.setattr(train_decoder, "encode_mixed", encode)
+    monkeypatch.setattr(train_decoder, "encode_exchanged", encode)
     monkeypatch.setattr(
         objective.autoencoder, "decode", lambda structure, styles: given.append(structure) or decode(structure, styles)
     )

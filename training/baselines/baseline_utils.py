@@ -72,7 +72,7 @@ def read_slices(
     if not len(slices):
         names = ", ".join(dataset.modalities)
         raise ValueError(
-            f"--dataset: no slice has all of {names} and a mask; name fewer --modalities, or add --conditional"
+            f"--dataset: no slice has all of {names} and a mask; give fewer --modalities, or --conditional"
         )
     return slices
 
@@ -143,10 +143,8 @@ class Selection:
         for m, name in enumerate(self.modalities):
             rows = real.present[:, m].nonzero()[:, 0]
             if len(rows) < 2:
-                raise ValueError(
-                    f"--selection_subjects {num_subjects}: the validation split has {len(rows)} slices of {name}, and KID "
-                    "needs 2; hold out more subjects, or give 0"
-                )
+                found = f"the validation split has {len(rows)} slices of {name}, and KID needs 2"
+                raise ValueError(f"--selection_subjects {num_subjects}: {found}; hold out more subjects, or give 0")
             rows = rows[torch.linspace(0, len(rows) - 1, min(num_subjects, len(rows))).long()]
             self.real.append(self.extractor(to_uint8(real.images[rows, m].cpu().numpy())))
 

@@ -40,11 +40,9 @@ def build_networks(args: StyleGAN2Args, modalities: tuple[str, ...]) -> tuple[St
 
 
 def random_batch(slices: Slices, size: int, conditional: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Random real images, half of them mirrored.
+    """Random real images (B, C, H, W) in [-1, 1], half of them mirrored: all modalities and the mask, and `None`.
 
-    Returns:
-        (B, C, H, W) float32 in [-1, 1]: all modalities and the mask; or, conditional, the one modality of the label. And
-        labels (B,) or `None`.
+    Or, conditional, the one modality of the label, and the labels (B,).
     """
     if conditional:
         images, labels = random_images(slices, size)

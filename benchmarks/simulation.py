@@ -31,7 +31,8 @@ NAMES = ("T1", "T1CE", "T2", "FLAIR")
 SIMULATED_NAMES = ("T1", "WB", "T2", "FLAIR")  # what stands for each in the simulator
 TISSUES = ("white matter", "grey matter", "CSF", "oedema", "enhancing", "brain, median")
 SLICES_PER_SUBJECT, SIZE = 12, 128
-NUM_SIMULATED, NUM_VOLUMES, SEED = 300, 40, 977_003
+NUM_SIMULATED, SLICES_PER_SIMULATED, SEED = 120, 5, 977_003
+NUM_VOLUMES = 80  # for the correlation of neighbouring slices
 STEPS = (1, 3, 5)  # mm between neighbouring slices
 BOOTSTRAPS = 2000
 
@@ -109,20 +110,24 @@ def evenly_spaced(subject: Subject, number: int) -> Subject:
 
 
 def simulate(old: bool) -> tuple[list[Subject], list[np.ndarray], float]:
-    """Slices of as many simulated subjects, their neighbours' correlations, and slices a second of one core."""
+    """Simulated subjects, their neighbouring slices' correlations, and slices a second of one core."""
     draw = phantom.simulate_subject if old else simulation.simulate_subject
     draw(0, size=SIZE)  # reads the atlas
-    subjects = []
+    subjects, number = [], 1 if old else SLICES_PER_SIMULATED
     start = time.process_time()
-    for index in range(NUM_SIMULATED):
-        one = draw((SEED, index), size=SIZE)
-        images = np.stack([one.images[one.modalities.index(name)] for name in SIMULATED_NAMES])[:, None]
-        core = one.tissues["enhancing"] + one.tissues["necrosis"] >= 0.5
-        wet = 2 * (one.tissues["oedema"] >= 0.4)
-        labels = np.where(core, np.where(one.tissues["enhancing"] >= one.tissues["necrosis"], 3, 1), wet)
-        brain = sum(one.tissues.values()) >= 0.5
-        subjects.append(Subject(images, brain[None], labels[None].astype(np.uint8), 1.0))
-    speed = NUM_SIMULATED / (time.process_time() - start)
+    for index in range(NUM_SIMULATED * SLICES_PER_SIMULATED // number):
+        first = draw((SEED, index), size=SIZE)
+        slices = [first]
+        if number > 1:  # evenly through the largest lesion, as the real slices are
+            factors = first.factors
+            millimetre = 1 / (factors["top_mm"] - factors["bottom_mm"])
+            reach = (factors["lesion_1_radius_mm"] + 0.5 * factors["lesion_1_reach_mm"]) * millimetre
+            heights = (factors["lesion_1_height"] + reach * np.linspace(-0.8, 0.8, number)).clip(0.02, 0.98)
+            slices = [draw((SEED, index), size=SIZE, height=h) for h in heights]
+        images = [[one.images[one.modalities.index(name)] for one in slices] for name in SIMULATED_NAMES]
+        brain = np.stack([sum(one.tissues.values()) >= 0.5 for one in slices])
+        subjects.append(Subject(np.array(images), brain, np.stack([regions(one.tissues) for one in slices]), 1.0))
+    speed = NUM_SIMULATED * SLICES_PER_SIMULATED / (time.process_time() - start)
     neighbours = []
     for index in range(0 if old else NUM_VOLUMES):
         seed = (SEED, index)
@@ -135,6 +140,13 @@ def simulate(old: bool) -> tuple[list[Subject], list[np.ndarray], float]:
             np.array([[correlation(a.images[n], b.images[n]) for a, b in pairs] for n in range(len(NAMES))])
         )
     return subjects, neighbours, speed
+
+
+def regions(tissues: dict[str, np.ndarray]) -> np.ndarray:
+    """Labels by the rule of the simulator, for the phantom too."""
+    dead, living = tissues["necrosis"], tissues["enhancing"]
+    wet = np.where(tissues["oedema"] >= 0.4, 2, 0)
+    return np.where(dead + living >= 0.5, np.where(living >= dead, 3, 1), wet).astype(np.uint8)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

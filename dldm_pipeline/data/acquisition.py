@@ -48,7 +48,7 @@ SEQUENCES = tuple(_PROTOCOLS)
 # for `top` and `curve`. The top of FLAIR hangs on oedema, the brightest tissue there.
 _HEALTHY = ("white", "grey", "csf")
 _WINDOWS = {
-    "T1": dict(bottom=(0.47, 0.35), top=(0.49, 0.22), curve=(-0.39, 0.05), under=_HEALTHY),
+    "T1": dict(bottom=(0.67, 0.36), top=(0.46, 0.19), curve=(-0.41, 0.21), under=_HEALTHY),
     "T2": dict(bottom=(0.05, 0.2), top=(0.22, 0.07), curve=(0.15, 0.32), under=_HEALTHY),
     "FLAIR": dict(bottom=(0.5, 0.1), top=(0.26, 0.11), curve=(-0.2, 0.25), under=("oedema",)),
     "WB": dict(bottom=(0.38, 0.35), top=(0.93, 0.36), curve=(-0.09, 0.12), under=_HEALTHY),
@@ -57,14 +57,14 @@ _WINDOWS = {
 # Correlation of two sequences' tops, of their curves and of their bottoms: T1, T2, FLAIR, WB, BB.
 _CORRELATION = np.array(
     [
-        [1.00, 0.20, 0.85, 0.45, 0.45],
-        [0.20, 1.00, 0.25, 0.90, 0.80],
-        [0.85, 0.25, 1.00, 0.60, 0.60],
-        [0.45, 0.90, 0.60, 1.00, 0.90],
-        [0.45, 0.80, 0.60, 0.90, 1.00],
+        [1.00, 0.30, 0.93, 0.50, 0.45],
+        [0.30, 1.00, 0.25, 0.88, 0.80],
+        [0.93, 0.25, 1.00, 0.55, 0.50],
+        [0.50, 0.88, 0.55, 1.00, 0.90],
+        [0.45, 0.80, 0.50, 0.90, 1.00],
     ]
 )
-_BLUR = {"T1": 1.6, "T2": 1.0, "FLAIR": 1.25, "WB": 1.2, "BB": 1.2}  # of a sequence, relative to the scanner's
+_BLUR = {"T1": 1.8, "T2": 1.05, "FLAIR": 1.4, "WB": 1.35, "BB": 1.35}  # of a sequence, relative to the scanner's
 _OWN_SHADING = 0.8  # of a sequence, relative to the shading that all share
 _MIXING = np.linalg.cholesky(_CORRELATION)
 

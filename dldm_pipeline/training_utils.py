@@ -269,7 +269,8 @@ def fit(
                 figures = validate(path, clock)
             bar.write(f"step {clock.step}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
             accelerator.log({f"validation/{key}": value for key, value in figures.items()}, step=clock.step)
-            log_image(accelerator, "validation", Image.open(path), clock.step)
+            with Image.open(path) as picture:
+                log_image(accelerator, "validation", picture, clock.step)
             clock.leave_out(clock.elapsed - began)
         if args.checkpointing_steps and (clock.done or clock.step % args.checkpointing_steps == 0):
             save_checkpoint(accelerator, output_dir, clock, ema)

@@ -113,6 +113,10 @@ def _landmarks() -> dict[str, np.ndarray]:
     sinus = np.column_stack([0 * steps, *(np.interp(steps, length, axis) for axis in edge.T)])
     y = (np.arange(depth.shape[1]) + origin[1])[:, None]
     choroid = some((maps[..., 3] < 0) & (y > -46) & (y < -26), 300) + origin
+    # The first of them are those near the middle of their side: a plexus, however many a subject has.
+    right = choroid[:, :1] > 0
+    middle = np.where(right, np.median(choroid[right[:, 0]], 0), np.median(choroid[~right[:, 0]], 0))
+    choroid = choroid[np.linalg.norm(choroid - middle, axis=1).argsort()]
     inside = some(depth > 2, 300) + origin
     return {"surface": surface, "inside": inside, "places": places, "vessels": vessels, "sinus": sinus,
             "choroid": choroid}  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dldm_pipeline.data.phantom import phantom_rows
-from dldm_pipeline.data.slices import write_slices
+from dldm_pipeline.data.slices import SliceDataset, write_slices
 from dldm_pipeline.metrics.features import FeatureExtractor
 
 BASELINES = Path(__file__).parents[2] / "training" / "baselines"
@@ -162,6 +162,7 @@ def test_training_subjects_are_the_second_real_sample(script, folders):
     args = script.parse_args([f"--dataset={folders['data']}"])
     held_out, others = script.open_data(args, 32, NAMES)
     assert not {held_out[i]["subject"] for i in range(10)} & {others[i]["subject"] for i in range(10)}
+    assert held_out[0]["subject"] == SliceDataset(folders["data"], "validation")[0]["subject"]
     args.split = "train"
     held_out, others = script.open_data(args, 32, NAMES)
     assert len(held_out) == 10 and others is None

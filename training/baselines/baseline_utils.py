@@ -71,17 +71,15 @@ def read_slices(
     slices = Slices(*(torch.cat(part).to(device) for part in parts))
     if not len(slices):
         names = ", ".join(dataset.modalities)
-        raise ValueError(
-            f"--dataset: no slice has all of {names} and a mask; give fewer --modalities, or --conditional"
-        )
+        raise ValueError(f"--dataset: no slice has all of {names} and a mask; give fewer --modalities")
     return slices
 
 
-def random_images(slices: Slices, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real images (B, 1, H, W) in [0, 1] of modalities that are there, half of them mirrored, and their labels (B,)."""
+def random_images(slices: Slices, size: int) -> torch.Tensor:
+    """Real images (B, 1, H, W) in [0, 1] of modalities that are there, half of them mirrored."""
     rows = torch.randint(len(slices), (size,), device=slices.images.device)
     labels = torch.multinomial(slices.present[rows].float(), 1)[:, 0]
-    return mirror_half(slices.images[rows, labels][:, None].float()), labels
+    return mirror_half(slices.images[rows, labels][:, None].float())
 
 
 def mirror_half(images: torch.Tensor) -> torch.Tensor:

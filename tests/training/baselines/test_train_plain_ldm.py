@@ -50,7 +50,7 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(run, words, extractor, t
 def test_no_missing_modality_is_chosen():
     present = torch.tensor([[True, False, True], [False, True, False]])
     images = torch.arange(1, 7).reshape(2, 3, 1, 1).expand(-1, -1, 4, 4) / 10
-    drawn = train_plain_ldm.random_images(Slices(images.half(), present), 200)[0]
+    drawn = train_plain_ldm.random_images(Slices(images.half(), present), 200)
     assert drawn.shape == (200, 1, 4, 4) and set((drawn[:, 0, 0, 0] * 10).round().tolist()) == {1, 3, 5}
     latents = torch.arange(12).reshape(2, 2, 3, 1, 1, 1)
     drawn, labels = train_plain_ldm.random_latents(latents, present, 200)

@@ -49,10 +49,7 @@ COLUMNS += ("subject from structure", "from style", "agreement")
 
 
 def held_out_subjects(args: AutoencoderArgs) -> tuple[str, SliceDataset]:
-    """The data set of the training arguments, simulated first if need be, and its validation split.
-
-    A ValueError, if it has too few subjects to probe; better now than after the trainings.
-    """
+    """The data set of the training arguments and its validation split; a ValueError where it has too few subjects."""
     modalities = args.modalities or DEFAULT_MODALITIES
     data = args.dataset or phantom_dataset(args.phantom_subjects, args.resolution, modalities, root=args.cache_dir)
     validation = SliceDataset(data, "validation", args.modalities)

@@ -1,13 +1,15 @@
 """Simulated subjects beside your real scans: tissues, correlations, neighbouring slices, Fréchet distances, speed.
 
     python benchmarks/simulation.py SCANS
+    python benchmarks/simulation.py --sheet docs/simulated.png
 
 SCANS as for prepare_dataset.py, with T1, T1CE, T2 and FLAIR; tumour regions as BraTS labels them (1 necrotic core, 2 oedema,
 3 or 4 enhancing). WB is compared with T1CE. Prints Markdown. Intervals: 95 %, bootstrap over subjects.
 
 Tissues: three clusters (k-means) of T1, T2 and FLAIR within the brain and outside the tumour, each image divided by its
 smooth part first, so that shading does not count; the table holds medians of the original values. The same is done with
-simulated slices. With 12 slices a subject this takes about 10 minutes on one core.
+simulated slices. This takes about 10 minutes on one core. `--sheet` draws simulated volumes instead: an axial, a sagittal and
+a coronal cut through the largest lesion.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from sklearn.cluster import KMeans
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data import phantom, simulation, volumes
 from dldm_pipeline.data.scans import Scan, find_scans
+from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.metrics.features import load_extractor
 from dldm_pipeline.metrics.fidelity import frechet_distance
 from dldm_pipeline.metrics.images import to_uint8
@@ -31,7 +34,9 @@ NAMES = ("T1", "T1CE", "T2", "FLAIR")
 SIMULATED_NAMES = ("T1", "WB", "T2", "FLAIR")  # what stands for each in the simulator
 TISSUES = ("white matter", "grey matter", "CSF", "oedema", "enhancing", "brain, median")
 SLICES_PER_SUBJECT, SIZE = 12, 128
-NUM_SIMULATED, NUM_VOLUMES, SEED = 300, 40, 977_003
+NUM_SIMULATED, SLICES_PER_SIMULATED, SEED = 120, 5, 977_003
+NUM_VOLUMES = 80  # for the correlation of neighbouring slices
+SHEET_SEEDS, SHEET_SIZE = (3, 6, 10), 160
 STEPS = (1, 3, 5)  # mm between neighbouring slices
 BOOTSTRAPS = 2000
 
@@ -56,12 +61,18 @@ class Subject:
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scans", metavar="SCANS", help="folder with one folder per subject")
+    parser.add_argument("scans", metavar="SCANS", nargs="?", help="folder with one folder per subject")
     parser.add_argument(
         "--phantom", action="store_true", help="measure phantom.py, the bundled model's simulator, instead"
     )
     parser.add_argument("--cache", metavar="FOLDER", help="keep the features of images there")
+    parser.add_argument("--sheet", metavar="FILE", help="save cuts of simulated volumes as PNG, and measure nothing")
     args = parser.parse_args(argv)
+    if args.sheet:
+        save_cuts(args.sheet)
+        return
+    if not args.scans:
+        raise ValueError("give a folder of SCANS to compare with, or --sheet FILE.")
 
     scans = [scan for scan in find_scans(args.scans) if not scan.problem and set(NAMES) <= set(scan.files)]
     if len(scans) < 4:
@@ -109,20 +120,24 @@ def evenly_spaced(subject: Subject, number: int) -> Subject:
 
 
 def simulate(old: bool) -> tuple[list[Subject], list[np.ndarray], float]:
-    """Slices of as many simulated subjects, their neighbours' correlations, and slices a second of one core."""
+    """Simulated subjects, their neighbouring slices' correlations, and slices a second of one core."""
     draw = phantom.simulate_subject if old else simulation.simulate_subject
     draw(0, size=SIZE)  # reads the atlas
-    subjects = []
+    subjects, number = [], 1 if old else SLICES_PER_SIMULATED
     start = time.process_time()
-    for index in range(NUM_SIMULATED):
-        one = draw((SEED, index), size=SIZE)
-        images = np.stack([one.images[one.modalities.index(name)] for name in SIMULATED_NAMES])[:, None]
-        core = one.tissues["enhancing"] + one.tissues["necrosis"] >= 0.5
-        wet = 2 * (one.tissues["oedema"] >= 0.4)
-        labels = np.where(core, np.where(one.tissues["enhancing"] >= one.tissues["necrosis"], 3, 1), wet)
-        brain = sum(one.tissues.values()) >= 0.5
-        subjects.append(Subject(images, brain[None], labels[None].astype(np.uint8), 1.0))
-    speed = NUM_SIMULATED / (time.process_time() - start)
+    for index in range(NUM_SIMULATED * SLICES_PER_SIMULATED // number):
+        first = draw((SEED, index), size=SIZE)
+        slices = [first]
+        if number > 1:  # evenly through the largest lesion, as the real slices are
+            factors = first.factors
+            millimetre = 1 / (factors["top_mm"] - factors["bottom_mm"])
+            reach = (factors["lesion_1_radius_mm"] + 0.5 * factors["lesion_1_reach_mm"]) * millimetre
+            heights = (factors["lesion_1_height"] + reach * np.linspace(-0.8, 0.8, number)).clip(0.02, 0.98)
+            slices = [draw((SEED, index), size=SIZE, height=h) for h in heights]
+        images = [[one.images[one.modalities.index(name)] for one in slices] for name in SIMULATED_NAMES]
+        brain = np.stack([sum(one.tissues.values()) >= 0.5 for one in slices])
+        subjects.append(Subject(np.array(images), brain, np.stack([regions(one.tissues) for one in slices]), 1.0))
+    speed = NUM_SIMULATED * SLICES_PER_SIMULATED / (time.process_time() - start)
     neighbours = []
     for index in range(0 if old else NUM_VOLUMES):
         seed = (SEED, index)
@@ -135,6 +150,36 @@ def simulate(old: bool) -> tuple[list[Subject], list[np.ndarray], float]:
             np.array([[correlation(a.images[n], b.images[n]) for a, b in pairs] for n in range(len(NAMES))])
         )
     return subjects, neighbours, speed
+
+
+def save_cuts(path: str) -> None:
+    """Cuts through the largest lesion of three simulated volumes, in three directions, the tumour outlined."""
+    images, masks, names = [], [], []
+    for number, seed in enumerate(SHEET_SEEDS, start=1):
+        volume = simulation.simulate_volume(seed, spacing=1.0, size=SHEET_SIZE)
+        areas = [volume.mask.sum(axes) for axes in ((1, 2), (0, 2), (0, 1))]
+        for axis, (view, area) in enumerate(zip(("axial", "coronal", "sagittal"), areas, strict=True)):
+            cuts = [np.take(stack, area.argmax(), axis) for stack in (*volume.images, volume.mask)]
+            if axis:  # up is up, and as many mm a pixel as an axial slice has
+                cuts = [upright(cut, volume.spacing[0] / volume.spacing[1]) for cut in cuts]
+            images.append(cuts[:-1])
+            masks.append(cuts[-1])
+            names.append(f"{number} {view}")
+    contact_sheet(images, masks, simulation.DEFAULT_MODALITIES, names, path)
+
+
+def upright(cut: np.ndarray, step: float) -> np.ndarray:
+    """A coronal or sagittal cut (D, W) with its top first, rows `step` pixels apart, on a square of W pixels."""
+    rows = (cut.shape[1] - 1) / 2 - np.arange(cut.shape[1])
+    rows, columns = np.meshgrid((len(cut) - 1) / 2 + rows / step, np.arange(cut.shape[1]), indexing="ij")
+    return ndimage.map_coordinates(cut.astype(np.float32), [rows, columns], order=1)
+
+
+def regions(tissues: dict[str, np.ndarray]) -> np.ndarray:
+    """Labels by the rule of the simulator, for the phantom too."""
+    dead, living = tissues["necrosis"], tissues["enhancing"]
+    wet = np.where(tissues["oedema"] >= 0.4, 2, 0)
+    return np.where(dead + living >= 0.5, np.where(living >= dead, 3, 1), wet).astype(np.uint8)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -232,10 +232,6 @@ class StyleGAN2Args(BaselineArgs):
 
     config: str | None = option("stylegan2_small", CONFIG_HELP)
     output_dir: str = option("outputs/stylegan2", "the trained model and its checkpoints go here")
-    conditional: bool = option(
-        False,
-        "one modality an image, named by a label, in place of all modalities and the mask as channels of one image",
-    )
     channels: list[int] = option([256, 128, 64, 32, 16], "widths of the generator's levels of 4x4, 8x8, ... pixels")
     discriminator_channels: list[int] | None = option(None, "the same for the discriminator; by default --channels")
     latent_dim: int = option(256, "length of z and w")

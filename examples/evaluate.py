@@ -152,14 +152,13 @@ def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -
             f"{', '.join(modalities)} at {size}: compare systems that were trained on the same data."
         )
     columns = [own.index(modality) for modality in modalities]
-    options = {"return_masks": True} if model.config.get("mask") else {}
+    options = {"return_masks": True} if kind == "StyleGAN2" else {}
 
     def generate(generators: list[torch.Generator]):
         output = model.sample(len(generators), generators, **options)
         images, masks = output if options else (output, None)
         return images[:, columns].numpy(), None if masks is None else masks.numpy() > 0.5, None
 
-    name += ", class-conditional" if model.config.get("conditional") else ""
     return comparison.System(name, str(folder), model.num_parameters(), generate, fingerprint(model))
 
 

@@ -25,8 +25,7 @@ def test_shapes():
     assert posterior.structure_dist.mode().shape == (2, 4, 4, 4)
     assert posterior.style_dist.mode().shape == posterior.style_dist.sample().shape == (2, 3, 3)
     output = model.decode(posterior.structure_dist.mode(), posterior.style_dist.mode()[:, :2])
-    assert output.sample.shape == (2, 2, 32, 32)
-    assert output.mask.shape == output.foreground.shape == (2, 32, 32)
+    assert output.sample.shape == (2, 2, 32, 32) and output.mask.shape == output.foreground.shape == (2, 32, 32)
     for a, b in zip(model(images, return_dict=False), model(images).values(), strict=True):
         assert torch.equal(a, b) and a.isfinite().all()
     # Styles are sampled around their mode.
@@ -60,8 +59,7 @@ def test_a_structure_is_that_of_the_modalities_present():
     images, present = torch.rand(2, 3, 32, 32), torch.tensor([[True, False, True], [False, True, False]])
     other = torch.where(present[:, :, None, None], images, torch.rand_like(images))
     a, b = (model.encode(x, present).structure_dist.mode() for x in (images, other))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, model.encode(other).structure_dist.mode())
+    assert torch.equal(a, b) and not torch.equal(a, model.encode(other).structure_dist.mode())
     both = model.encode_subsets(images, [None, present])
     for output, expected in zip(both, (model.encode(images).structure_dist.mode(), a), strict=True):
         torch.testing.assert_close(output.structure_dist.mode(), expected)
@@ -135,9 +133,8 @@ def test_normalisation_is_inverted_and_saved(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_configuration():
+    for arguments, message in (
         ({"sample_size": 100}, "does not divide"),
         ({"sample_size": 72, "patch_size": 2, "encoder_channels": [8] * 4, "decoder_channels": [8] * 4}, "take 64"),
         ({"encoder_channels": (8, 16, 8)}, "as many in both"),
@@ -146,11 +143,9 @@ def test_normalisation_is_inverted_and_saved(tmp_path):
         ({"modalities": ["T1", ""]}, "non-empty"),
         ({"modalities": "T12"}, "non-empty"),
         ({"modalities": ["T1", "T1"]}, "different names"),
-    ],
-)
-def test_bad_configuration(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        DisentangledAutoencoder(**arguments)
+    ):
+        with pytest.raises(ValueError, match=message):
+            DisentangledAutoencoder(**arguments)
 
 
 def test_a_config_with_style_maps_is_refused():

@@ -298,9 +298,8 @@ def test_scheduler_that_cannot_work_on_zero_terminal_snr_is_refused(tiny_pipelin
         DLDMPipeline(**{**tiny_pipeline.components, "scheduler": scheduler(name, tiny_pipeline)})
 
 
-@pytest.mark.parametrize(
-    "name, options, message",
-    [
+def test_scheduler_that_cannot_work_is_refused_when_set_later(pipe):
+    for name, options, message in (
         ("DDIMScheduler", {}, "clip_sample=False"),
         ("DDIMScheduler", {"clip_sample": False, "thresholding": True}, "thresholding=False"),
         (
@@ -311,12 +310,10 @@ def test_scheduler_that_cannot_work_on_zero_terminal_snr_is_refused(tiny_pipelin
         ("KDPM2DiscreteScheduler", {"prediction_type": "sample"}, "KDPM2DiscreteScheduler.*'sample'.*take"),
         ("FlowMatchEulerDiscreteScheduler", {}, "beta schedule, and FlowMatchEulerDiscreteScheduler has none; take"),
         ("RePaintScheduler", {"clip_sample": False}, "RePaintScheduler fails.*take"),
-    ],
-)
-def test_scheduler_that_cannot_work_is_refused_when_set_later(pipe, name, options, message):
-    pipe.scheduler = getattr(diffusers, name)(**options)
-    with pytest.raises(ValueError, match=message):
-        call(pipe)
+    ):
+        pipe.scheduler = getattr(diffusers, name)(**options)
+        with pytest.raises(ValueError, match=message):
+            call(pipe)
 
 
 def test_scheduler_is_not_refused_for_what_another_was_told(tiny_pipeline):

@@ -266,9 +266,8 @@ def test_the_noise_is_the_training_images(pipe):
 # -- what is refused
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
+def test_bad_arguments_are_named(pipe):
+    for options, message in (
         ({"num_subjects": 0}, "`num_subjects`.*0"),
         ({"num_subjects": 1.5}, "`num_subjects`.*1.5"),
         ({"num_inference_steps": True}, "`num_inference_steps`.*True"),
@@ -286,11 +285,9 @@ def test_the_noise_is_the_training_images(pipe):
         ({"styles": torch.zeros(2, 2, 3)}, r"`styles`.*\(2, 3, 3\)"),
         ({"output_type": "jpeg"}, "`output_type`.*jpeg"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`.*latents.*noise"),
-    ],
-)
-def test_bad_arguments_are_named(pipe, options, message):
-    with pytest.raises(ValueError, match=message):
-        call(pipe, **options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(pipe, **options)
 
 
 def test_a_denoiser_that_does_not_fit_and_images_that_are_no_numbers_are_refused(pipe):

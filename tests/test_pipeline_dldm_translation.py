@@ -219,9 +219,8 @@ def test_loads_as_remote_code(tiny_pipeline, pipe, tmp_path, monkeypatch):
 GOOD = np.full((2, 32, 32), 0.5, np.float32)
 
 
-@pytest.mark.parametrize(
-    "images, message",
-    [
+def test_bad_images_are_named(pipe):
+    for images, message in (
         ({}, "`images` must be a dictionary.*empty"),
         (GOOD, "`images` must be a dictionary.*'T1'.*ndarray"),
         ({"PET": GOOD}, r"`images` has \['PET'\].*it knows \['T1', 'T2', 'WB'\]"),
@@ -241,16 +240,13 @@ GOOD = np.full((2, 32, 32), 0.5, np.float32)
         ({"T1": np.where(np.eye(32, dtype=bool), np.inf, GOOD)}, "infinite"),
         ({"T1": PIL.Image.new("RGB", (32, 32))}, "mode 'RGB'.*convert"),
         ({"T1": [PIL.Image.new("L", (32, 32)), PIL.Image.new("L", (30, 32))]}, r"\[1\]` is 32x30"),
-    ],
-)
-def test_bad_images_are_named(pipe, images, message):
-    with pytest.raises(ValueError, match=message):
-        call(pipe, images)
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(pipe, images)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
+def test_bad_arguments_are_named(pipe):
+    for options, message in (
         ({"modalities": ["T2", "PET"]}, "`modalities`.*PET"),
         ({"num_inference_steps": 0}, "`num_inference_steps`"),
         ({"batch_size": 0}, "`batch_size`"),
@@ -262,8 +258,6 @@ def test_bad_images_are_named(pipe, images, message):
         ({"reference_images": {"T2": GOOD[:1] * 3}}, r"`reference_images\['T2'\]`.*1\.5"),
         ({"reference_images": {}}, "`reference_images` must be a dictionary.*empty"),
         ({"reference_images": {"T2": GOOD[:1]}, "styles": torch.zeros(3, 1, 3)}, "one of them"),
-    ],
-)
-def test_bad_arguments_are_named(pipe, options, message):
-    with pytest.raises(ValueError, match=message):
-        call(pipe, **options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(pipe, **options)

@@ -37,9 +37,8 @@ def test_the_command_line_overrides_the_preset_and_the_preset_the_defaults(parse
         assert args.learning_rate == 3e-4
 
 
-@pytest.mark.parametrize(
-    "text, words, expected",
-    [
+def test_bad_arguments_give_one_line_and_status_2(parse, capsys):
+    for text, words, expected in (
         ("learning_rat: 1", [], "unknown key 'learning_rat'"),
         ("learning_rat: 1", [], "did you mean 'learning_rate'"),
         ("config: x", [], "unknown key 'config'"),
@@ -55,14 +54,12 @@ def test_the_command_line_overrides_the_preset_and_the_preset_the_defaults(parse
         ("", ["--config", "absent"], "presets are small"),
         ("", ["--ema_decay", "1.5"], "--ema_decay 1.5: must be between 0 and 1"),
         ("", ["--learn", "1"], "--learn"),
-    ],
-)
-def test_bad_arguments_give_one_line_and_status_2(parse, capsys, text, words, expected):
-    with pytest.raises(SystemExit) as caught:
-        parse(words, text)
-    output = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert output.startswith("error: ") and output.count("\n") == 1 and expected in output
+    ):
+        with pytest.raises(SystemExit) as caught:
+            parse(words, text)
+        output = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert output.startswith("error: ") and output.count("\n") == 1 and expected in output
 
 
 def test_help_shows_the_values_of_the_preset(parse, capsys):

@@ -33,8 +33,7 @@ def test_the_rate_warms_up_and_follows_the_steps():
     assert optimizer.param_groups[0]["lr"] == 0
     found = rates(clock, optimizer, 20)
     assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert np.all(np.diff(found[3:]) < 0) and found[-1] == pytest.approx(0)
-    assert clock.done and clock.step == 20
+    assert np.all(np.diff(found[3:]) < 0) and found[-1] == pytest.approx(0) and clock.done and clock.step == 20
     clock, optimizer = make_clock(20, name="constant")
     assert rates(clock, optimizer, 20)[3:] == [1.0] * 17
 
@@ -47,11 +46,9 @@ def test_the_rate_follows_the_time_when_that_ends_first(monkeypatch):
     clock.start()
     rates(clock, optimizer, 10)
     now[0] += 30
-    assert rates(clock, optimizer, 1) == pytest.approx([0.5], abs=0.01)
-    assert not clock.done
+    assert rates(clock, optimizer, 1) == pytest.approx([0.5], abs=0.01) and not clock.done
     now[0] += 30
-    assert rates(clock, optimizer, 1) == pytest.approx([0], abs=1e-6)
-    assert clock.done
+    assert rates(clock, optimizer, 1) == pytest.approx([0], abs=1e-6) and clock.done
 
     again, optimizer = make_clock(1_000_000, 2.0)
     again.load_state_dict(clock.state_dict())

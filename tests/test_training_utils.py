@@ -16,8 +16,7 @@ def test_an_output_folder_that_cannot_be_written_and_a_missing_tracker_are_refus
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match="file.*choose another folder"):
             make_output_dir(path)
-    assert make_output_dir(tmp_path / "a" / "b").is_dir()
-    assert not list((tmp_path / "a" / "b").iterdir())
+    assert make_output_dir(tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         make_accelerator(TrainingArgs(output_dir=str(tmp_path / "out"), report_to="wandb"), "test")

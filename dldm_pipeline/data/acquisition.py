@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from dldm_pipeline.data.anatomy import EXTENT, Anatomy, SmoothField
+from dldm_pipeline.data.anatomy import Anatomy, SmoothField
 from dldm_pipeline.data.mr_signal import TISSUE_VALUES, TISSUES, signal
 
 _FIELD_POWER = {
@@ -33,8 +33,8 @@ _PROTOCOLS = {
         dict(kind="spin echo", TR=(450, 700), TE=(8, 17), contrast=False, flow=0.45),
         dict(kind="inversion recovery", TR=(1700, 2300), TE=(2, 5), TI=(850, 1100), contrast=False, flow=0.8),
     ),
-    "T2": (dict(kind="spin echo", TR=(3500, 6000), TE=(85, 115), contrast=False, flow=0.15),),
-    "FLAIR": (dict(kind="inversion recovery", TR=(8000, 10000), TE=(90, 140), TI=(2200, 2600), contrast=False, flow=0.15),),
+    "T2": (dict(kind="spin echo", TR=(3500, 6000), TE=(85, 115), contrast=False, flow=0.4),),
+    "FLAIR": (dict(kind="inversion recovery", TR=(8000, 10000), TE=(90, 140), TI=(2200, 2600), contrast=False, flow=0.4),),
     "WB": (
         dict(kind="gradient echo", TR=(6, 11), TE=(2.5, 5), flip=(12, 20), contrast=True, flow=1.0),
         dict(kind="spin echo", TR=(450, 700), TE=(8, 15), contrast=True, flow=0.8),
@@ -43,27 +43,29 @@ _PROTOCOLS = {
 }  # fmt: skip
 SEQUENCES = tuple(_PROTOCOLS)
 
-# The window of a volume goes from `bottom` times the darkest to `top` times the brightest of white matter, grey matter and
-# fluid; `curve` is the exponent that follows. Mean and standard deviation, of the logarithm for `top` and `curve`.
+# The window of a volume goes from `bottom` times the darkest of white matter, grey matter and fluid to `top` times the
+# brightest of the tissues `under` it; `curve` is the exponent that follows. Mean and standard deviation, of the logarithm
+# for `top` and `curve`. The top of FLAIR hangs on oedema, the brightest tissue there.
+_HEALTHY = ("white", "grey", "csf")
 _WINDOWS = {
-    "T1": dict(bottom=(0.45, 0.2), top=(0.36, 0.11), curve=(-0.2, 0.10)),
-    "T2": dict(bottom=(0.5, 0.2), top=(0.16, 0.08), curve=(-0.09, 0.16)),
-    "FLAIR": dict(bottom=(0.5, 0.2), top=(0.60, 0.10), curve=(-0.1, 0.10)),
-    "WB": dict(bottom=(0.5, 0.2), top=(0.78, 0.33), curve=(-0.05, 0.15)),
-    "BB": dict(bottom=(0.5, 0.2), top=(0.70, 0.25), curve=(-0.05, 0.15)),
+    "T1": dict(bottom=(0.67, 0.36), top=(0.46, 0.19), curve=(-0.41, 0.21), under=_HEALTHY),
+    "T2": dict(bottom=(0.05, 0.2), top=(0.22, 0.07), curve=(0.15, 0.32), under=_HEALTHY),
+    "FLAIR": dict(bottom=(0.5, 0.1), top=(0.26, 0.11), curve=(-0.2, 0.25), under=("oedema",)),
+    "WB": dict(bottom=(0.38, 0.35), top=(0.93, 0.36), curve=(-0.09, 0.12), under=_HEALTHY),
+    "BB": dict(bottom=(0.38, 0.3), top=(0.85, 0.3), curve=(-0.09, 0.12), under=_HEALTHY),
 }
-# Correlation of the tops of two sequences' windows, and of their curves: T1, T2, FLAIR, WB, BB.
+# Correlation of two sequences' tops, of their curves and of their bottoms: T1, T2, FLAIR, WB, BB.
 _CORRELATION = np.array(
     [
-        [1.00, 0.20, 0.88, 0.40, 0.40],
-        [0.20, 1.00, 0.30, 0.90, 0.80],
-        [0.88, 0.30, 1.00, 0.60, 0.60],
-        [0.40, 0.90, 0.60, 1.00, 0.90],
-        [0.40, 0.80, 0.60, 0.90, 1.00],
+        [1.00, 0.30, 0.87, 0.50, 0.45],
+        [0.30, 1.00, 0.25, 0.88, 0.80],
+        [0.87, 0.25, 1.00, 0.55, 0.50],
+        [0.50, 0.88, 0.55, 1.00, 0.90],
+        [0.45, 0.80, 0.50, 0.90, 1.00],
     ]
 )
-# Shading of its own that each sequence has, relative to what all share.
-_OWN_SHADING = {"T1": 1.6, "T2": 0.3, "FLAIR": 0.8, "WB": 0.3, "BB": 0.3}
+_BLUR = {"T1": 1.8, "T2": 1.05, "FLAIR": 1.4, "WB": 1.35, "BB": 1.35}  # of a sequence, relative to the scanner's
+_OWN_SHADING = 0.8  # of a sequence, relative to the shading that all share
 _MIXING = np.linalg.cholesky(_CORRELATION)
 
 
@@ -116,10 +118,10 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
         for key, value in zip(("T1_ms", "T2_ms", "PD", "agent_mM"), values[tissue], strict=True):
             factors[f"{tissue}_{key}"] = float(value)
 
-    tops, curves = np.clip(_MIXING @ rng.standard_normal((len(SEQUENCES), 2)), -2.2, 2.2).T
+    scatter = np.clip(_MIXING @ rng.standard_normal((len(SEQUENCES), 3)), -2.2, 2.2)
     base_noise, base_spread = np.exp(rng.normal(np.log(0.009), 0.4)), rng.uniform(0.45, 0.95)
     signals, windows, noise, spread = {}, {}, {}, {}
-    for (name, protocols), wide, bent in zip(_PROTOCOLS.items(), tops, curves, strict=True):
+    for (name, protocols), (wide, bent, dark) in zip(_PROTOCOLS.items(), scatter, strict=True):
         protocol = dict(protocols[int(rng.random() * len(protocols))])
         for key in ("TR", "TE", "TI", "flip"):
             if key in protocol:
@@ -130,22 +132,20 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
         )
         signals[name] = {tissue: signal(protocol, tissue, *values[tissue]) for tissue in TISSUES}
         window = _WINDOWS[name]
-        bottom = np.clip(rng.normal(*window["bottom"]), 0.0, 0.95)
+        bottom = np.clip(window["bottom"][0] + window["bottom"][1] * dark, 0.0, 0.95)
         top = np.exp(window["top"][0] + window["top"][1] * wide)
         exponent = np.exp(window["curve"][0] + window["curve"][1] * bent)
-        healthy = [signals[name][tissue] for tissue in ("white", "grey", "csf")]
-        windows[name] = (bottom * min(healthy), top * max(healthy), float(exponent))
+        low = bottom * min(signals[name][tissue] for tissue in ("white", "grey", "csf"))
+        high = top * max(signals[name][tissue] for tissue in window["under"])
+        windows[name] = (low, high, float(exponent))
         noise[name] = float(base_noise * np.exp(rng.normal(0, 0.3)))
-        spread[name] = float(base_spread * rng.uniform(0.8, 1.3))
+        spread[name] = float(_BLUR[name] * base_spread * rng.uniform(0.8, 1.3))
         for key, value in (("bottom", bottom), ("top", top), ("exponent", exponent)):
             factors[f"{name}_{key}"] = float(value)
         factors[f"{name}_noise"], factors[f"{name}_point_spread_mm"] = noise[name], spread[name]
-    coil_strength = float(rng.uniform(0.06, 0.18))
+    coil_strength = float(rng.uniform(0.015, 0.045))
     factors["coil_strength"] = coil_strength
     coil = SmoothField(coil_rng, 1 + len(SEQUENCES), 70.0)
-    # About 1 on average over a head, so that shading does not move all tissues together; the splines sum to 1.
-    head = coil.grid(*(np.linspace(-0.6, 0.6, 7) * extent for extent in EXTENT))
-    coil.coefficients -= head.mean((1, 2, 3), keepdims=True)
     return Acquisition(values, signals, windows, spread, noise, coil, coil_strength, factors)
 
 
@@ -164,7 +164,9 @@ def image_slice(
     inside = sum(tissues.values()) >= 0.5
     size = len(inside)
     x, y = anatomy.pixel_axes(size)
+    # 1 on average over this brain, so that shading does not move its tissues' means.
     coil = acquisition.coil.slice(x, y, anatomy.level(height))
+    coil -= acquisition.coil.points(anatomy.inside).mean(1)[:, None, None]
     pixel = anatomy.field_of_view / size
     modulated = {name: fraction * textures.get(name, 1) for name, fraction in tissues.items()}
     nuclei = tissues["grey"] * textures["iron"]
@@ -178,9 +180,7 @@ def image_slice(
         image = sum(np.float32(signals[t]) * modulated[t] for t in TISSUES)
         if name in ("T2", "FLAIR"):  # iron in the deep grey nuclei shortens T2
             image -= np.float32(0.16 * signals["grey"]) * nuclei
-        image *= np.exp(
-            np.float32(acquisition.coil_strength) * (coil[0] + np.float32(_OWN_SHADING[name]) * coil[number])
-        )
+        image *= np.exp(np.float32(acquisition.coil_strength) * (coil[0] + np.float32(_OWN_SHADING) * coil[number]))
         noise *= np.float32(acquisition.noise[name] * (high - low))
         noise[0] += image
         # What k-space has left of a point, for signal and noise.

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
-from dldm_pipeline.data.atlas import WHOLE_BRAIN, interpolate, load_atlas
+from dldm_pipeline.data.atlas import WHOLE_BRAIN, distance, interpolate, load_atlas
 from dldm_pipeline.data.mr_signal import TISSUES
 
 # Anatomy is computed on about this many pixels across, then averaged down: anti-aliased, and alike at every size.
@@ -49,6 +49,12 @@ class SmoothField:
         plane = np.tensordot(weights[near], self.coefficients[:, near], axes=(0, 1))
         return self._basis(y, 1) @ plane @ self._basis(x, 0).T
 
+    def points(self, at: np.ndarray) -> np.ndarray:
+        """Values (number, N) at points (N, 3)."""
+        x, y, z = (self._basis(at[:, axis], axis) for axis in range(3))
+        plane = np.einsum("nkji,pi->nkjp", self.coefficients, x, optimize=True)
+        return np.einsum("nkjp,pj,pk->np", plane, y, z)
+
     def grid(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Values (number, len(x), len(y), len(z))."""
         by = (self._basis(z, 2), self._basis(y, 1), self._basis(x, 0))
@@ -61,23 +67,26 @@ def _landmarks() -> dict[str, np.ndarray]:
 
     Returns:
         surface: (N, 3) points on the brain's surface.
+        inside: (N, 3) points all over the brain.
         places: (N, 4) points in white or grey matter, and the mm to the nearest large fluid space or the surface.
         vessels: (V, P, 3) paths, `_PATH_STEP` mm a step.
         sinus: (P, 3) path of the superior sagittal sinus, from the front to the back.
+        choroid: (N, 3) points in the atria of the lateral ventricles, where the choroid plexus lies.
     """
     maps, origin = load_atlas(WHOLE_BRAIN)
     fluid, depth = maps[..., 0], maps[..., 2]
     rng = np.random.default_rng(0)
 
     def some(where: np.ndarray, number: int) -> np.ndarray:
-        found = np.argwhere(where)
-        return found[rng.choice(len(found), min(number, len(found)), replace=False)]
+        found = np.flatnonzero(where)
+        found = found[rng.choice(len(found), min(number, len(found)), replace=False)]
+        return np.column_stack(np.unravel_index(found, where.shape))
 
     surface = some((depth > 0) & (depth < 1), 2000) + origin
     pools = ndimage.gaussian_filter(fluid, 2.0) > 0.4
-    room = ndimage.distance_transform_edt(~pools & (depth > 2))
-    inside = some((room > 3) & (np.arange(depth.shape[2]) + origin[2] > -45), 12000)
-    places = np.column_stack([inside + origin, room[tuple(inside.T)]])
+    room = distance(~pools & (depth > 2))
+    roomy = some((room > 3) & (np.arange(depth.shape[2]) + origin[2] > -45), 12000)
+    places = np.column_stack([roomy + origin, room[tuple(roomy.T)]])
 
     # Vessels of the sulci: all at once, one step after another towards the deepest fluid ahead.
     only_fluid = ndimage.gaussian_filter(np.clip(fluid, -1, 2), 0.7)[..., None]
@@ -94,12 +103,23 @@ def _landmarks() -> dict[str, np.ndarray]:
         path.append(at)
     vessels = np.stack(path, 1) + origin
 
-    middle = depth[int(-origin[0])]
-    high = np.arange(middle.shape[1])
-    top = np.array([high[column > 0].max() if (column > 0).any() else 0 for column in middle])
-    back = np.flatnonzero(top + origin[2] > -8)
-    sinus = np.column_stack([np.zeros(len(back)), back + origin[1], top[back] + origin[2] - 1.0])[::-1]
-    return {"surface": surface, "places": places, "vessels": vessels, "sinus": sinus}
+    # The sinus: along the upper edge of the middle plane, in equal steps.
+    middle = depth[int(-origin[0])] > 0
+    top = middle.shape[1] - 1 - middle[:, ::-1].argmax(1)
+    edge = np.flatnonzero(middle.any(1) & (top + origin[2] > -8))[::-1]
+    edge = np.column_stack([edge, top[edge]]) + origin[1:]
+    length = np.concatenate([[0], np.linalg.norm(np.diff(edge, axis=0), axis=1).cumsum()])
+    steps = np.arange(0, length[-1], _PATH_STEP)
+    sinus = np.column_stack([0 * steps, *(np.interp(steps, length, axis) for axis in edge.T)])
+    y = (np.arange(depth.shape[1]) + origin[1])[:, None]
+    choroid = some((maps[..., 3] < 0) & (y > -46) & (y < -26), 300) + origin
+    # The first of them are those near the middle of their side: a plexus, however many a subject has.
+    right = choroid[:, :1] > 0
+    middle = np.where(right, np.median(choroid[right[:, 0]], 0), np.median(choroid[~right[:, 0]], 0))
+    choroid = choroid[np.linalg.norm(choroid - middle, axis=1).argsort()]
+    inside = some(depth > 2, 300) + origin
+    return {"surface": surface, "inside": inside, "places": places, "vessels": vessels, "sinus": sinus,
+            "choroid": choroid}  # fmt: skip
 
 
 class Anatomy:
@@ -113,6 +133,7 @@ class Anatomy:
         factors: name -> number drawn.
         bottom, top: z in mm of the brain's lowest and highest point.
         field_of_view: side in mm of the square that is imaged, the same for all slices.
+        inside: (N, 3) points all over the brain.
         lesions: one dictionary a lesion: centre (3,), radius in mm, and its shape.
     """
 
@@ -132,9 +153,10 @@ class Anatomy:
         self.middle = (low + high) / 2
         self.field_of_view = float(_BOX_MARGIN * max(high[:2] - low[:2]))
         self.factors.update(bottom_mm=self.bottom, top_mm=self.top, field_of_view_mm=self.field_of_view)
+        self.inside = self._from_atlas(marks["inside"])
         self.lesions = self._place_lesions(lesions, marks["places"]) if tumour else []
         self.factors["lesions"] = len(self.lesions)
-        self._place_vessels(vessels, marks["vessels"], marks["sinus"])
+        self._place_vessels(vessels, marks)
 
     def _place_frame(self, rng: np.random.Generator) -> None:
         angles = rng.normal(0, [7.0, 2.5, 3.0])  # degrees about x, y and z
@@ -147,7 +169,7 @@ class Anatomy:
         )
         self.matrix = np.diag([flip, 1, 1]) @ turn / stretch  # scanner to atlas
         self.warps = [(SmoothField(rng, 3, 40.0), 3.2), (SmoothField(rng, 3, 18.0), 1.3)]
-        self.fluid_bias, self.white_bias = rng.normal(-1.2, 0.35), rng.normal(-0.15, 0.2)
+        self.fluid_bias, self.white_bias = rng.normal(-1.4, 0.35), rng.normal(-0.15, 0.2)
         self.ventricle_growth = 3.5 * rng.beta(1.2, 2)  # mm
         for name, value in zip(("tilt_x_deg", "tilt_y_deg", "turn_deg"), angles, strict=True):
             self.factors[name] = float(value)
@@ -195,10 +217,12 @@ class Anatomy:
                 "centre": self._from_atlas(place[None])[0],
                 "radius": radius,
                 "stretch": np.exp(rng.normal(0, 0.16 if large else 0.08, 3)),
-                "ragged": rng.uniform(0.06, 0.16) * radius if large else rng.uniform(0.2, 0.8),
+                "ragged": rng.uniform(0.1, 0.28) * radius if large else rng.uniform(0.3, 1.0),
                 "enhances": rng.random() < (0.75 if large else 1.0),
                 "solid": rng.random() < (0.15 if radius > 6 else 0.8),
-                "rim": max(rng.uniform(0.16, 0.4) * radius, 2.2),
+                "rim": max(rng.uniform(0.08, 0.3) * radius, 1.8),
+                "gaps": rng.uniform(0.5, 1.2) if large else 0.4,
+                "septa": rng.uniform(-0.1, 0.25) if large else 0.0,
                 "reach": rng.uniform(3, 20) if large else radius * rng.uniform(0.2, 1.5) + 2,
                 "wetness": rng.uniform(0.85, 1.0),
                 "push": rng.uniform(0.2, 0.6) if rng.random() < (0.7 if large else 0.3) else 0.0,
@@ -208,19 +232,23 @@ class Anatomy:
             for name in ("radius", "rim", "reach"):
                 self.factors[f"lesion_{number}_{name}_mm"] = lesion[name]
             self.factors[f"lesion_{number}_push"] = lesion["push"]
+            self.factors[f"lesion_{number}_height"] = self.relative_height(lesion["centre"][2])
         return lesions
 
-    def _place_vessels(self, rng: np.random.Generator, bank: np.ndarray, sinus: np.ndarray) -> None:
-        count = int(rng.integers(250, 600))
+    def _place_vessels(self, rng: np.random.Generator, marks: dict[str, np.ndarray]) -> None:
+        bank, sinus = marks["vessels"], marks["sinus"]
+        count = int(rng.integers(120, 350))
         self.factors["vessels"] = count
         chosen = bank[rng.choice(len(bank), count, replace=False)]
         lengths = rng.integers(3, chosen.shape[1] + 1, count)
-        radii = rng.uniform(0.5, 1.3, count)
+        radii = rng.uniform(0.4, 1.1, count)
         kept = np.arange(chosen.shape[1]) < lengths[:, None]
-        size = np.linspace(rng.uniform(0.8, 1.6), rng.uniform(1.8, 3.0), len(sinus))
-        points = np.concatenate([chosen[kept], sinus])
-        self.vessel_points = self._from_atlas(points)
-        self.vessel_radii = np.concatenate([np.broadcast_to(radii[:, None], kept.shape)[kept], size])
+        size = np.linspace(rng.uniform(0.8, 1.6), rng.uniform(2.6, 4.4), len(sinus))
+        choroid = marks["choroid"][: rng.integers(20, 120)]
+        self.vessel_points = self._from_atlas(np.concatenate([chosen[kept], sinus, choroid]))
+        self.vessel_radii = np.concatenate(
+            [np.broadcast_to(radii[:, None], kept.shape)[kept], size, rng.uniform(0.6, 1.6, len(choroid))]
+        )
 
     def level(self, height: float) -> float:
         """z in mm of a relative height."""
@@ -287,11 +315,12 @@ class Anatomy:
         for name in tissues:
             tissues[name] *= inside
         textures = {
-            "white": _shrink(1 + 0.015 * ripples[2] + 0.03 * patches[2], size),
-            "grey": _shrink(1 + 0.02 * ripples[3], size),
-            "enhancing": _shrink(1 + 0.10 * ripples[2] + 0.1 * patches[1], size),
+            "white": _shrink(1 + 0.015 * ripples[2] + 0.04 * patches[2], size),
+            "grey": _shrink(1 + 0.02 * ripples[3] + 0.03 * patches[2], size),
+            "csf": _shrink(1 + 0.06 * ripples[1] + 0.06 * patches[0], size),
+            "enhancing": _shrink(1 + 0.15 * ripples[2] + 0.12 * patches[1], size),
             "oedema": _shrink(1 + 0.05 * ripples[3] + 0.04 * patches[1], size),
-            "necrosis": _shrink(1 + 0.08 * ripples[0] + 0.08 * patches[0], size),
+            "necrosis": _shrink(1 + 0.12 * ripples[0] + 0.12 * patches[0], size),
             "iron": _shrink(_sigmoid((depth - 36) / 4), size),
         }
         labels = np.where(tissues["oedema"] >= 0.4, 2, 0)
@@ -318,7 +347,7 @@ class Anatomy:
         enhancing, necrosis, healthy = np.zeros_like(depth), np.zeros_like(depth), np.ones_like(depth)
         for lesion in self.lesions:
             radius, ragged = lesion["radius"], lesion["ragged"]
-            extent = 1.7 * radius + 2 * lesion["reach"] + 8
+            extent = 2.2 * radius + 2 * lesion["reach"] + 8
             cx, cy, cz = lesion["centre"]
             if abs(z - cz) > extent:
                 continue
@@ -331,14 +360,17 @@ class Anatomy:
             distance = np.sqrt(dx * dx + dy * dy + ((z - cz) / sz) ** 2, dtype=np.float32)
             coarse, other = patches[0][window], patches[1][window]
             fine, grain = ripples[2][window], ripples[1][window]
-            outside = distance - radius + np.float32(ragged) * coarse + np.float32(0.35 * ragged) * fine
+            outside = distance - radius + np.float32(ragged) * np.clip(coarse, -2, 2) + np.float32(0.35 * ragged) * fine
             # A tumour grows round the ventricles and stops at the surface.
             outside = np.maximum(outside, np.maximum(1.5 - away[window], 2.0 - depth[window]))
             core = _sigmoid(-outside / 0.4)
-            rim = np.float32(lesion["rim"]) * (1 + np.float32(0.45) * np.tanh(other)) + 0.5 * grain
+            # The rim is broken where its thickness is negative; membranes of living tumour cross what is dead.
+            rim = np.float32(lesion["rim"]) * (1 + np.float32(lesion["gaps"]) * np.tanh(1.3 * other)) + 0.5 * grain
             if lesion["solid"]:
                 rim = rim + np.float32(radius)
-            dead = core * _sigmoid((-outside - np.maximum(rim, 0.5)) / 0.5)
+            dead = core * _sigmoid((-outside - rim) / 0.5)
+            if lesion["septa"] > 0:
+                dead *= _sigmoid((np.abs(ripples[0][window]) - np.float32(lesion["septa"])) / 0.08)
             if not lesion["enhances"]:
                 dead = core
             reach = np.float32(lesion["reach"])

@@ -98,10 +98,8 @@ def sample(system: System, count: int, seed: int, cache: Cache) -> dict[str, np.
     subjects = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     black = np.flatnonzero(subjects["images"].max(axis=(0, 2, 3)) <= 1)
     if len(black):
-        raise ValueError(
-            f"{system.name} in {system.folder} generates only black images of modality {black[0]} (of 0 to "
-            f"{subjects['images'].shape[1] - 1}) in {count} subjects: there is nothing to measure. Train it longer."
-        )
+        shown = f"only black images of modality {black[0]} (of 0 to {subjects['images'].shape[1] - 1})"
+        raise ValueError(f"{system.name} in {system.folder} generates {shown} in {count} subjects. Train it longer.")
     return subjects
 
 

@@ -113,17 +113,12 @@ class CopySearch:
         """The nearest reference slice of every query.
 
         Args:
-            queries: Q slices of the reference's channels and size.
+            queries: Q slices of the reference's channels and size; a ValueError if they do not fit.
             other_subjects: do not compare a query with reference slices of its own subject.
-
-        Raises:
-            ValueError: if the queries do not fit the reference.
         """
-        images = queries.images
-        if images.shape[1:] != self.images.shape[1:]:
-            raise ValueError(
-                f"images have shape {images.shape}; it must be (queries, *{self.images.shape[1:]}) as the reference is."
-            )
+        images, wanted = queries.images, self.images.shape[1:]
+        if images.shape[1:] != wanted:
+            raise ValueError(f"images have shape {images.shape}; it must be (queries, *{wanted}), as the reference is.")
         count, channels = images.shape[:2]
         names = queries.names("slice")
         flip, shift = (np.zeros((count, channels, 2), dtype=kind) for kind in (bool, int))

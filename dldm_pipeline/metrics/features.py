@@ -126,9 +126,7 @@ class FeatureExtractor:
             features[start : start + BATCH_SIZE] = self.forward(pixels).float().cpu().numpy()
         bad = int((~np.isfinite(features)).any(axis=1).sum())
         if bad:
-            raise ValueError(
-                f"{bad} of {len(features)} images gave NaN or infinite {self.name} features; check its weights."
-            )
+            raise ValueError(f"{bad} of {len(features)} images gave NaN or infinity; check the weights of {self.name}.")
         if path is not None:
             write_arrays(path, {"features": features}, {"extractor": self.name, "weights": self.weights_hash})
         return features

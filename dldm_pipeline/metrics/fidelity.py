@@ -46,9 +46,7 @@ def _check_features(real: np.ndarray, generated: np.ndarray, least: int) -> tupl
     """Both as float64, or one clear error."""
     real, generated = np.asarray(real, dtype=np.float64), np.asarray(generated, dtype=np.float64)
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(
-            f"real has shape {real.shape} and generated {generated.shape}: give features (N, D) of the same extractor."
-        )
+        raise ValueError(f"real has shape {real.shape} and generated {generated.shape}: give (N, D) of one extractor.")
     for name, features in (("real", real), ("generated", generated)):
         if len(features) < least:
             raise ValueError(f"{name} has {len(features)} samples: give at least {least}.")

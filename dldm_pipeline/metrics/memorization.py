@@ -185,10 +185,8 @@ class MemorizationFilter:
         if images is not None:
             images = to_uint8(images)
             if images.shape[1:] != (len(modalities), *size):
-                raise ValueError(
-                    f"images has shape {images.shape}; for {', '.join(modalities)} it must be "
-                    f"(subjects, {len(modalities)}, {size[0]}, {size[1]}), as the training images are."
-                )
+                wanted = f"for {', '.join(modalities)} it must be (subjects, {len(modalities)}, {size[0]}, {size[1]})"
+                raise ValueError(f"images has shape {images.shape}; {wanted}, as the training images are.")
             columns = [self.modalities.index(name) for name in modalities]
             full[:, columns], present[:, columns] = images, True
         if structure is not None and len(structure) != count:

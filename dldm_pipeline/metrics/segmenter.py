@@ -62,10 +62,8 @@ def train_segmenter(
     subjects = [f"subject-{i}" for i in range(len(images))] if subjects is None else list(subjects)
     learnt, tested = (np.flatnonzero(np.isin(subjects, part)) for part in split_subjects(subjects, held_out, seed))
     if len(learnt) == 0 or len(tested) == 0:
-        raise ValueError(
-            f"subjects holds {len(set(subjects))} subject(s), held_out is {held_out}: a segmenter needs at least 2, "
-            "one to learn from and one to be tested on, and a fraction between 0 and 1."
-        )
+        given = f"subjects holds {len(set(subjects))} subject(s), held_out is {held_out}"
+        raise ValueError(f"{given}: give at least 2, one to learn from and one to be tested on, and a fraction.")
     if not masks[learnt].any():
         raise ValueError(f"masks shows no tumour in {len(learnt)} training images: give slices with tumour.")
 

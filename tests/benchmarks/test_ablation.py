@@ -55,5 +55,4 @@ def test_bad_arguments_end_before_any_training(tmp_path, capsys, words, message)
     data = write_discs(tmp_path / "data", 10)
     with pytest.raises(SystemExit):
         ablation.main([f"--dataset={data}", f"--output_dir={tmp_path / 'out'}", "--config=autoencoder_tiny", *words])
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("out/*"))
+    assert message in capsys.readouterr().err and not list(tmp_path.glob("out/*"))

@@ -143,7 +143,8 @@ def test_a_simulated_row_can_be_simulated_again(tmp_path: Path) -> None:
     row |= {"anatomy_seed": subject.seeds[0], "acquisition_seed": subject.seeds[1], "height": subject.height}
     write_slices([row], tmp_path / "data", ["T1"])
     (back,) = datasets.load_dataset(str(tmp_path / "data"), split="train")
-    assert json.loads(back["factors"]) == subject.factors
+    assert json.loads(back["factors"]) == subject.factors and back["height"] == subject.height
+    assert np.array_equal(np.asarray(back["mask"]), 255 * subject.mask)  # made from the labels
     seeds = tuple(back["anatomy_seed"]), tuple(back["acquisition_seed"])
     again = simulate_subject(*seeds, size=32, height=back["height"], modalities=["T1"])
     assert np.array_equal(again.images, subject.images) and np.array_equal(again.labels, subject.labels)

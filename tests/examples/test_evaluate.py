@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dldm_pipeline.data.phantom import phantom_rows
-from dldm_pipeline.data.slices import write_slices
+from dldm_pipeline.data.slices import SliceDataset, write_slices
 from dldm_pipeline.metrics.features import FeatureExtractor
 
 BASELINES = Path(__file__).parents[2] / "training" / "baselines"
@@ -162,6 +162,7 @@ def test_training_subjects_are_the_second_real_sample(script, folders):
     args = script.parse_args([f"--dataset={folders['data']}"])
     held_out, others = script.open_data(args, 32, NAMES)
     assert not {held_out[i]["subject"] for i in range(10)} & {others[i]["subject"] for i in range(10)}
+    assert held_out[0]["subject"] == SliceDataset(folders["data"], "validation")[0]["subject"]
     args.split = "train"
     held_out, others = script.open_data(args, 32, NAMES)
     assert len(held_out) == 10 and others is None
@@ -179,9 +180,8 @@ def test_an_autoencoder_alone_gives_the_same_figures(script, folders, full, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "metrics.json", "report.html", "report.md"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_input_is_named_in_one_line(refused, folders, broken, tmp_path):
+    for options, message in (
         (["--num_subjects=3"], "--num_subjects 3: give 4 or more"),
         (["--max_validation=0"], "--max_validation 0"),
         (["--step_subjects=2"], "--step_subjects 2"),
@@ -200,13 +200,11 @@ def test_an_autoencoder_alone_gives_the_same_figures(script, folders, full, tmp_
         (["--pipeline=BROKEN/pipeline"], "BROKEN/pipeline"),
         (["--baselines", "BROKEN/stylegan2"], "BROKEN/stylegan2"),
         (["--extractor_weights=BROKEN/extractor"], "BROKEN/extractor"),
-    ],
-)
-def test_bad_input_is_named_in_one_line(refused, folders, broken, tmp_path, options, message):
-    places = {"DATA": folders["data"], "TWO": folders["two_modalities"], "PLAIN": folders["plain_ldm"]}
-    places |= {"UNET": folders["pipeline"] / "unet", "BROKEN": broken}
-    for word, folder in places.items():
-        options = [option.replace(word, str(folder)) for option in options]
-        message = message.replace(word, str(folder))
-    assert message in refused(f"--pipeline={folders['pipeline']}", *options, f"--output={tmp_path}")
-    assert list(tmp_path.iterdir()) == []
+    ):
+        places = {"DATA": folders["data"], "TWO": folders["two_modalities"], "PLAIN": folders["plain_ldm"]}
+        places |= {"UNET": folders["pipeline"] / "unet", "BROKEN": broken}
+        for word, folder in places.items():
+            options = [option.replace(word, str(folder)) for option in options]
+            message = message.replace(word, str(folder))
+        assert message in refused(f"--pipeline={folders['pipeline']}", *options, f"--output={tmp_path}")
+        assert list(tmp_path.iterdir()) == []

@@ -47,8 +47,7 @@ def test_a_pipeline_arrives_with_its_card(script, hub, trained, tmp_path, capsys
     weights = "unet/diffusion_pytorch_model.safetensors"  # as they are, whatever their precision
     assert files[weights] == (trained / weights).read_bytes() and files["LICENSE"] == b"as you like"
     card = ModelCard(files["README.md"].decode())
-    assert card.data.license == "cc-by-4.0" and card.data.library_name == "diffusers"
-    assert len(card.data.widget) == 4
+    assert card.data.license == "cc-by-4.0" and card.data.library_name == "diffusers" and len(card.data.widget) == 4
     for picture in card.data.widget:
         assert "synthetic" in picture["text"] and "T1, T2, WB" in picture["text"]
         (tmp_path / "picture.png").write_bytes(files[picture["output"]["url"]])
@@ -123,5 +122,4 @@ def test_bad_input_is_one_line_and_nothing_is_pushed(refused, hub, trained):
         assert message in refused("--repo_id", REPO, *words)
         assert hub.repos == {}, words
     hub.break_at = "/commit/"
-    assert f"to {REPO} failed" in refused(trained, "--repo_id", REPO)
-    assert len(hub.repos["models", REPO].commits) == 1
+    assert f"to {REPO} failed" in refused(trained, "--repo_id", REPO) and len(hub.repos["models", REPO].commits) == 1

@@ -7,14 +7,7 @@ import torch
 from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.metrics import comparison
 from dldm_pipeline.metrics.cache import Cache
-from dldm_pipeline.metrics.comparison import (
-    Comparison,
-    System,
-    find_segmenters,
-    measure_autoencoder,
-    pipeline_system,
-    sample,
-)
+from dldm_pipeline.metrics.comparison import Comparison, System, find_segmenters, pipeline_system, sample
 from dldm_pipeline.metrics.features import FeatureExtractor
 from dldm_pipeline.metrics.images import Slices, read_slices
 
@@ -29,17 +22,12 @@ def cache(tmp_path) -> Cache:
 @pytest.fixture(scope="module")
 def items() -> list[dict]:
     """Thirty simulated subjects with the items of a `SliceDataset`."""
-    subjects = [simulate_subject((5, i), 32, NAMES) for i in range(30)]
-    return [
-        {
-            "images": torch.from_numpy(subject.images),
-            "present": torch.ones(3, dtype=torch.bool),
-            "mask": torch.from_numpy(subject.mask).float(),
-            "has_mask": torch.tensor(True),
-            "subject": f"subject-{i}",
-        }
-        for i, subject in enumerate(subjects)
-    ]
+    same, items = {"present": torch.ones(3, dtype=torch.bool), "has_mask": torch.tensor(True)}, []
+    for i in range(30):
+        subject = simulate_subject((5, i), 32, NAMES)
+        images, mask = torch.from_numpy(subject.images), torch.from_numpy(subject.mask).float()
+        items.append({"images": images, "mask": mask, "subject": f"subject-{i}"} | same)
+    return items
 
 
 def noise_system(calls: list[int], scale: float = 1.0, key: str = "noise") -> System:
@@ -53,7 +41,7 @@ def noise_system(calls: list[int], scale: float = 1.0, key: str = "noise") -> Sy
     return System("noise", "nowhere", 0, generate, key)
 
 
-def test_subjects_are_generated_in_blocks_and_kept(cache, monkeypatch):
+def test_subjects_are_generated_in_blocks_and_kept_and_refused_where_they_show_nothing(cache, monkeypatch):
     monkeypatch.setattr(comparison, "BLOCK", 4)
     calls: list[int] = []
     subjects = sample(noise_system(calls), 10, 7, cache)
@@ -70,12 +58,9 @@ def test_subjects_are_generated_in_blocks_and_kept(cache, monkeypatch):
     path = next(cache.folder.iterdir())
     path.write_bytes(path.read_bytes()[:-9])  # damaged: generated again
     np.testing.assert_array_equal(sample(noise_system(calls), 12, 7, cache)["images"], more["images"])
-
-
-@pytest.mark.parametrize(("scale", "message"), [(np.nan, "NaN"), (0.001, "only black images of modality 0")])
-def test_images_that_show_nothing_are_refused(cache, scale, message):
-    with pytest.raises(ValueError, match=f"noise in nowhere generates {message}"):
-        sample(noise_system([], scale), 3, 0, cache)
+    for scale, message in ((np.nan, "NaN"), (0.001, "only black images of modality 0")):
+        with pytest.raises(ValueError, match=f"noise in nowhere generates {message}"):
+            sample(noise_system([], scale, message), 3, 0, cache)
 
 
 def test_a_pipeline_as_a_system(tiny_pipeline):
@@ -106,7 +91,7 @@ def test_segmenters_are_trained_once(cache, items):
 
 
 def test_too_few_subjects_for_the_probes_leave_the_rest(cache, tiny_autoencoder, items):
-    result = measure_autoencoder(tiny_autoencoder, items[:4], {}, 0, cache)
+    result = comparison.measure_autoencoder(tiny_autoencoder, items[:4], {}, 0, cache)
     assert result["reconstruction"]["num_subjects"] == 4 and set(result["alignment"]) == {"validation", "rebuilt"}
     assert "at least 8 subjects" in result["disentanglement"]["left_out"]
 

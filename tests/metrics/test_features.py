@@ -36,7 +36,7 @@ def tiny(calls: list | None = None, weights_hash: str = "0" * 64) -> FeatureExtr
     return FeatureExtractor("tiny", "blocks", 32, 64, forward, weights_hash)
 
 
-def test_images_are_resized_by_clean_fid_batch_by_batch():
+def test_images_are_resized_by_clean_fid_batch_by_batch_and_bad_ones_refused():
     calls: list = []
     features = tiny(calls)(images(20))
     assert features.shape == (20, 64) and features.dtype == np.float32
@@ -45,9 +45,6 @@ def test_images_are_resized_by_clean_fid_batch_by_batch():
     resize = make_resizer("PIL", False, "bicubic", (32, 32))
     for image, seen in zip(images(20), torch.cat(calls), strict=True):
         assert np.array_equal(resize(np.stack([image] * 3, axis=-1)).transpose(2, 0, 1), seen.numpy())
-
-
-def test_bad_images_and_features_are_refused():
     with pytest.raises(TypeError, match=r"images are float32.*\[0, 1\].*thousands of times too small.*to_uint8"):
         tiny()(images().astype(np.float32) / 255)
     broken = FeatureExtractor("tiny", "", 32, 1, lambda x: torch.full((len(x), 1), torch.nan), "")
@@ -83,9 +80,6 @@ def test_a_memory_map_is_read_in_batches(tmp_path):
     assert peaks[1] - peaks[0] < 100_000
 
 
-# --- the networks -----------------------------------------------------------------------------------------------------
-
-
 def test_efficientnet_lite0_works_offline():
     extractor = load_extractor()
     assert (extractor.name, extractor.size, extractor.dim) == ("efficientnet-lite0", 224, 1280)
@@ -109,9 +103,8 @@ def published(monkeypatch, name: str, path: Path) -> None:
 
 def is_torch_fidelitys(extractor: FeatureExtractor, path: Path, registered: str, layer: str) -> None:
     """Equal where there is nothing to resize, and resizing is all that differs."""
-    reference = create_feature_extractor(
-        registered, [layer], cuda=False, verbose=False, feature_extractor_weights_path=path
-    )
+    options = {"cuda": False, "verbose": False, "feature_extractor_weights_path": path}
+    reference = create_feature_extractor(registered, [layer], **options)
     batch = images(1, extractor.size)
     (expected,) = reference(torch.from_numpy(batch)[:, None].repeat(1, 3, 1, 1))
     assert expected.std() > 1e-3  # no dead network
@@ -168,10 +161,7 @@ def test_dinov2_is_the_class_token(tmp_path, monkeypatch):
         load_extractor("dinov2", weights="nobody/nothing")
 
 
-# --- weight files -----------------------------------------------------------------------------------------------------
-
-
-def test_an_unknown_network_and_a_truncated_weight_file_are_refused(tmp_path):
+def test_unknown_networks_and_truncated_or_missing_weight_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'resnet' is unknown; choose one of: efficientnet-lite0, inception-v3"):
         load_extractor("resnet")
     path = tmp_path / "short.pth"
@@ -179,12 +169,9 @@ def test_an_unknown_network_and_a_truncated_weight_file_are_refused(tmp_path):
     for name, title in {"efficientnet-lite0": "EfficientNet-Lite0", "vgg16": "VGG16"}.items():
         with pytest.raises(ValueError, match=f"not the published {title} file: 100,000 bytes.*truncated"):
             load_extractor(name, weights=path)
-
-
-@pytest.mark.parametrize("name", list(features.EXTRACTORS))
-def test_a_missing_weight_file_is_named(name, tmp_path):
-    with pytest.raises(OSError, match="nothing (does not exist|are neither here).*Give weights="):
-        load_extractor(name, weights=tmp_path / "nothing")
+    for name in features.EXTRACTORS:
+        with pytest.raises(OSError, match="nothing (does not exist|are neither here).*Give weights="):
+            load_extractor(name, weights=tmp_path / "nothing")
 
 
 def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):

@@ -33,9 +33,6 @@ def clouds(count: int = 150, other: int = 120, dim: int = 24, shift: float = 0.3
     return first, 1.1 * second + shift * rng.random(dim)
 
 
-# --- scores on features, against the reference implementations --------------------------------------------------------
-
-
 def test_frechet_distance_is_torch_fidelitys():
     few = clouds(40, 30, dim=100)  # fewer samples than features: both covariances are singular
     for real, generated in (clouds(), few):
@@ -47,15 +44,12 @@ def test_frechet_distance_is_torch_fidelitys():
         assert frechet_distance(real, real) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_kernel_distance_is_torch_fidelitys():
+def test_kernel_distance_is_torch_fidelitys_and_of_unequal_sets_the_unbiased_estimate(monkeypatch):
     real, generated = clouds(120, 120)
     first, second = torch.from_numpy(generated), torch.from_numpy(real)
     # A subset as large as the set is the whole set.
     expected = kid_features_to_metric(first, second, kid_subsets=1, kid_subset_size=120, verbose=False)
     assert kernel_distance(real, generated) == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
-
-
-def test_kernel_distance_of_unequal_sets_is_the_unbiased_estimate(monkeypatch):
     monkeypatch.setattr(fidelity, "ROWS", 37)  # several blocks
     real, generated = clouds()
     kernel = (np.concatenate([real, generated]) @ np.concatenate([real, generated]).T / 24 + 1) ** 3
@@ -75,8 +69,7 @@ def test_neighbour_scores_are_torch_fidelitys_and_prdcs(k, monkeypatch):
     assert 0.05 < given["precision"] < 0.999 and 0.05 < given["coverage"] < 0.999  # no trivial case
 
 
-@pytest.mark.parametrize("function", [frechet_distance, kernel_distance, neighbour_scores])
-def test_bad_features_are_refused(function):
+def test_bad_features_are_refused():
     real, generated = clouds(12, 12)
     broken = generated.copy()
     broken[3, 5] = np.nan
@@ -86,11 +79,9 @@ def test_bad_features_are_refused(function):
         ((real, generated[:1]), "generated has 1 samples: give at least"),
         ((real[:, 0], generated), r"real has shape \(12,\)"),
     ):
-        with pytest.raises(ValueError, match=message):
-            function(*pair)
-
-
-# --- intervals --------------------------------------------------------------------------------------------------------
+        for function in (frechet_distance, kernel_distance, neighbour_scores):
+            with pytest.raises(ValueError, match=message):
+                function(*pair)
 
 
 def test_half_samples_keep_subjects_whole():
@@ -98,10 +89,7 @@ def test_half_samples_keep_subjects_whole():
     assert {int(half.sum()) for half in halves} == {8, 12}  # two and three subjects by turns
     assert all(half.reshape(5, 4).all(axis=1).sum() * 4 == half.sum() for half in halves)
     assert np.mean(halves) == pytest.approx(0.5)
-
-
-def test_deviations_of_half_samples_are_those_of_the_full_sample():
-    # What the interval stands for: the standard deviation of the score over repeated samples of both sets.
+    # Their deviation is what the interval stands for: that of the score over repeated samples of both sets.
     rng = np.random.default_rng(0)
     repeated = [(rng.normal(size=(100, 5)), rng.normal(size=(100, 5)) + 0.5) for _ in range(60)]
     scores = {"frechet_distance": frechet_distance, "precision": lambda a, b: neighbour_scores(a, b)["precision"]}
@@ -113,8 +101,6 @@ def test_deviations_of_half_samples_are_those_of_the_full_sample():
             estimates.append(np.std([score(real[a], generated[b]) for a, b in halves]))
         assert 0.7 < np.mean(estimates) / std < 1.5, name
 
-
-# --- everything together ----------------------------------------------------------------------------------------------
 
 NAMES = ["T1", "T2"]
 OPTIONS = {"num_resamples": 6, "num_pairs": 12, "epochs": 1}
@@ -196,15 +182,12 @@ def test_missing_modalities_and_another_network_for_the_neighbours():
     assert result["scores"]["coverage"]["T2"]["value"] == pytest.approx(expected["coverage"])
 
 
-@pytest.mark.parametrize(
-    ("subjects", "generated", "message"),
-    [
+def test_bad_sets_are_refused():
+    for subjects, generated, message in (
         (None, sets()[:, [0, 0, 0]], r"generated has images of shape \(24, 3, 40, 40\).*T1, T2"),
         (None, sets(size=36), "image sizes differ"),
         (None, sets(3), "generated has 3 images of T1: k=3 needs at least 4"),
         (["s"] * 24, sets(), "real has 1 subject: the floor needs at least 2"),
-    ],
-)
-def test_bad_sets_are_refused(subjects, generated, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate_fidelity(Slices(sets(), subjects), Slices(generated), NAMES, tiny(), **OPTIONS)
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_fidelity(Slices(sets(), subjects), Slices(generated), NAMES, tiny(), **OPTIONS)

@@ -18,20 +18,17 @@ def test_to_uint8_is_what_a_png_holds():
         to_uint8(np.array([1], dtype=np.int32))
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (lambda x: x / np.float32(255), TypeError, "real are float32: .*thousands of times too small.*to_uint8"),
-        (lambda x: (x / 255).astype(np.uint8), ValueError, "real hold nothing above 1.*cast to uint8 without scaling"),
-        (lambda x: x[None], ValueError, "one modality at a time"),
-        (lambda x: x[:0], ValueError, r"real have shape \(0, 8, 8\): give at least one"),
-    ],
-)
-def test_images_that_do_not_use_0_to_255_are_refused(change, error, message):
+def test_images_that_do_not_use_0_to_255_are_refused():
     images = np.full((4, 8, 8), 255, dtype=np.uint8)
     check_images(images)
-    with pytest.raises(error, match=message):
-        check_images(change(images), "real")
+    for bad, error, message in (
+        (images / np.float32(255), TypeError, "real are float32: .*thousands of times too small.*to_uint8"),
+        (images // 255, ValueError, "real hold nothing above 1.*cast to uint8 without scaling"),
+        (images[None], ValueError, "one modality at a time"),
+        (images[:0], ValueError, r"real have shape \(0, 8, 8\): give at least one"),
+    ):
+        with pytest.raises(error, match=message):
+            check_images(bad, "real")
 
 
 def test_slices():

@@ -67,9 +67,7 @@ def test_planted_copies_are_refused_and_held_out_subjects_are_kept(image_filter:
     np.testing.assert_allclose(image_filter.check(copies[[35]]).score, check.score[35], rtol=1e-3)
     assert image_filter.check(heads(40, 3)).num_refused <= 2
     assert image_filter.held_out_check.num_refused <= 1 and len(image_filter.held_out_check.keep) == 20
-
-
-def test_a_single_copied_modality_is_enough(image_filter: MemorizationFilter) -> None:
+    # A single copied modality is enough.
     samples = heads(6, 4)
     samples[2, 1] = heads(60, 0)[33, 1]
     check = image_filter.check(samples)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder, DisentangledDecoderOutput
+from dldm_pipeline.autoencoder_disentangled import DisentangledDecoderOutput
 from dldm_pipeline.metrics.reconstruction import (
     compare_spectra,
     dice,
@@ -20,22 +20,7 @@ from dldm_pipeline.metrics.reconstruction import (
     rebuild,
 )
 
-NAMES = ["T1", "T2", "FLAIR"]
-
-
-@pytest.fixture(scope="module")
-def autoencoder() -> DisentangledAutoencoder:
-    torch.manual_seed(0)
-    return DisentangledAutoencoder(
-        modalities=NAMES,
-        sample_size=32,
-        structure_channels=4,
-        style_channels=4,
-        encoder_channels=(8, 16),
-        decoder_channels=(16, 8),
-        decoder_blocks=1,
-        head_channels=8,
-    ).eval()
+NAMES = ["T1", "T2", "WB"]  # of `tiny_autoencoder`
 
 
 def slices(count: int = 6, missing: tuple[tuple[int, int], ...] = (), has_mask: bool = True) -> list[dict]:
@@ -45,10 +30,10 @@ def slices(count: int = 6, missing: tuple[tuple[int, int], ...] = (), has_mask: 
     mask[4:12, 4:12] = 1
     items = []
     for i in range(count):
-        present = torch.tensor([(i, m) not in missing for m in range(len(NAMES))])
-        images = torch.from_numpy(rng.random((len(NAMES), 32, 32), dtype=np.float32)) * present[:, None, None]
-        items.append({"images": images, "present": present, "mask": mask, "subject": f"s{i}"})
-        items[i]["has_mask"] = torch.tensor(has_mask)
+        present = torch.tensor([(i, m) not in missing for m in range(3)])
+        images = torch.from_numpy(rng.random((3, 32, 32), dtype=np.float32)) * present[:, None, None]
+        items.append({"images": images, "present": present, "subject": f"s{i}"})
+        items[i] |= {"mask": mask, "has_mask": torch.tensor(has_mask)}
     return items
 
 
@@ -66,27 +51,18 @@ def test_psnr_of_known_errors():
 def test_dice_of_known_overlaps():
     a, b = np.zeros((2, 4, 4))
     a[0, :4], b[0, 2:] = 1, 1
-    assert dice(a, b) == pytest.approx(2 * 2 / 6)
-    assert dice(a, a) == dice(0 * a, 0 * a) == 1
-    assert dice(a, 0 * a) == 0
+    assert dice(a, b) == pytest.approx(2 * 2 / 6) and dice(a, a) == dice(0 * a, 0 * a) == 1 and dice(a, 0 * a) == 0
+    for measure in (psnr, dice):
+        with pytest.raises(ValueError, match="equal shapes"):
+            measure(np.zeros((1, 4, 4)), np.zeros((2, 4, 4)))
 
 
-@pytest.mark.parametrize("measure", [psnr, dice])
-def test_other_shapes_are_refused(measure):
-    with pytest.raises(ValueError, match="equal shapes"):
-        measure(np.zeros((1, 4, 4)), np.zeros((2, 4, 4)))
-
-
-def test_spectrum_puts_a_wave_into_its_ring():
+def test_spectrum_puts_a_wave_into_its_ring_and_is_flat_for_white_noise():
     x = np.arange(32)
     for cycles in (3, 8):
         spectrum = radial_power_spectrum(np.cos(2 * np.pi * cycles * x / 32)[None, :].repeat(32, axis=0))
-        assert spectrum.shape == (9,)
-        assert spectrum.argmax() == cycles
+        assert spectrum.shape == (9,) and spectrum.argmax() == cycles
         assert spectrum[np.arange(9) != cycles].max() < 1e-9 * spectrum[cycles]
-
-
-def test_spectrum_of_white_noise_is_flat():
     noise = np.random.default_rng(0).normal(size=(400, 32, 32))
     spectrum = radial_power_spectrum(noise).mean(axis=0)
     np.testing.assert_allclose(spectrum[2:] / 32**2, 1.0, atol=0.1)
@@ -98,11 +74,8 @@ def test_blur_fails_the_spectrum_check_and_a_copy_passes():
     spectra = [radial_power_spectrum(images) for images in (real, ndimage.gaussian_filter(real, (0, 0, 1.5, 1.5)))]
     sharp, soft = (compare_spectra(spectra[0], other, NAMES[:2]) for other in spectra)
     assert sharp["largest_deviation_worst"] == 0
-    assert soft["largest_deviation_worst"] > 0.8
-    assert soft["ratio"]["T1"][-1] < 0.2
-
-
-def test_opposite_errors_cancel_in_the_mean_ratio_but_not_in_the_worst():
+    assert soft["largest_deviation_worst"] > 0.8 and soft["ratio"]["T1"][-1] < 0.2
+    # Opposite errors cancel in the mean ratio, but not in the worst.
     real = np.ones((5, 2, 9))
     result = compare_spectra(real, real * np.array([1.3, 0.6])[None, :, None], NAMES[:2])
     assert result["largest_deviation"] == pytest.approx({"T1": 0.3, "T2": 0.4})
@@ -123,68 +96,64 @@ def test_partners_are_other_subjects_with_the_modality(subjects, seed, data):
     partners = exchange_partners(subjects, present, seed)
     for m in range(2):
         chosen = partners[partners[:, m] >= 0, m]
-        assert len(set(chosen)) == len(chosen)
-        assert present[chosen, m].all()
+        assert len(set(chosen)) == len(chosen) and present[chosen, m].all()
         for i, j in enumerate(partners[:, m]):
             assert j < 0 or (present[i, m] and subjects[i] != subjects[j])
-
-
-def test_every_slice_finds_a_partner_where_one_exists():
+    # Every slice finds one where there is one.
     assert (exchange_partners(list("aabbcd"), np.ones((6, 3), dtype=bool)) >= 0).all()
     assert (exchange_partners(list("aaab"), np.ones((4, 1), dtype=bool)) == -1).all()
 
 
-def test_encoding_a_modality_alone_matches_the_model_and_hides_the_others(autoencoder):
+def test_encoding_a_modality_alone_matches_the_model_and_hides_the_others(tiny_autoencoder):
     items = slices(3, missing=((1, 2),))
-    encoded = encode_subjects(autoencoder, items, batch_size=2)
+    encoded = encode_subjects(tiny_autoencoder, items, batch_size=2)
     alone = torch.tensor([[False, True, False]])
     images = items[0]["images"][None] * alone[:, :, None, None]
     with torch.no_grad():
-        expected = autoencoder.encode(images, alone).structure_dist.mode()[0].numpy()
+        expected = tiny_autoencoder.encode(images, alone).structure_dist.mode()[0].numpy()
     np.testing.assert_allclose(encoded.single_structures[0, 1], expected, rtol=1e-4, atol=1e-5)
     assert np.isnan(encoded.single_structures[1, 2]).all() and np.isnan(encoded.styles[1, 2]).all()
     assert not np.isnan(encoded.structure).any()
 
 
-def test_encoding_takes_slices_from_the_whole_set_and_refuses_bad_ones(autoencoder):
-    assert encode_subjects(autoencoder, slices(6), max_items=3).subjects == ["s0", "s2", "s5"]
+def test_encoding_takes_slices_from_the_whole_set_and_refuses_bad_ones(tiny_autoencoder):
+    assert encode_subjects(tiny_autoencoder, slices(6), max_items=3).subjects == ["s0", "s2", "s5"]
     with pytest.raises(ValueError, match="0 slices"):
-        encode_subjects(autoencoder, [])
+        encode_subjects(tiny_autoencoder, [])
     with pytest.raises(ValueError, match="max_items=0"):
-        encode_subjects(autoencoder, slices(1), max_items=0)
+        encode_subjects(tiny_autoencoder, slices(1), max_items=0)
     item = slices(1)[0]
     item["images"], item["present"] = item["images"][:2], item["present"][:2]
     with pytest.raises(ValueError, match="2 modalities"):
-        encode_subjects(autoencoder, [item])
+        encode_subjects(tiny_autoencoder, [item])
 
 
-def test_evaluation_agrees_with_a_plain_forward_pass(autoencoder):
+def test_evaluation_agrees_with_a_plain_forward_pass(tiny_autoencoder):
     items = slices(6)
-    encoded = encode_subjects(autoencoder, items)
-    result = evaluate_reconstruction(autoencoder, encoded, batch_size=4)
+    encoded = encode_subjects(tiny_autoencoder, items)
+    result = evaluate_reconstruction(tiny_autoencoder, encoded, batch_size=4)
     images = torch.stack([item["images"] for item in items])
     with torch.no_grad():
-        output = autoencoder(images)
+        output = tiny_autoencoder(images)
     expected = psnr(images.numpy(), output.sample.clamp(0, 1).numpy())
     assert result["psnr"]["all"] == pytest.approx(dict(zip(NAMES, expected.mean(axis=0), strict=True)), rel=1e-4)
     assert result["mask_dice"] == pytest.approx(dice(encoded.masks, output.mask.numpy() > 0).mean(), rel=1e-4)
     assert result["psnr_spread"] == pytest.approx(result["psnr_best"] - result["psnr_worst"])
-    rebuilt, masks = rebuild(autoencoder, encoded, batch_size=4)
+    rebuilt, masks = rebuild(tiny_autoencoder, encoded, batch_size=4)
     np.testing.assert_allclose(rebuilt, output.sample.clamp(0, 1).numpy(), atol=1e-5)
     assert masks.dtype == bool and masks.shape == (6, 32, 32)
 
 
-def test_costs_show_a_style_that_carries_the_subject_and_a_structure_that_needs_all(autoencoder):
-    encoded = encode_subjects(autoencoder, slices(6))
+def test_costs_show_a_style_that_carries_the_subject_and_a_structure_that_needs_all(tiny_autoencoder):
+    encoded = encode_subjects(tiny_autoencoder, slices(6))
     # A model that renders what the latents say: the image is the style's first number plus the structure's.
     generator = np.random.default_rng(0)
     level, offset = 0.1 + generator.random((6, 1)) * 0.4, np.array([[0.0, 0.2, 0.4]])
     encoded.images = np.broadcast_to((level + offset)[:, :, None, None], (6, 3, 32, 32)).astype(np.float32).copy()
     encoded.images += 0.01
-    encoded.structure[:] = 0
+    encoded.structure[:] = encoded.styles[:] = 0
     encoded.structure[:, 0] = level[:, :, None]
     encoded.single_structures[:] = encoded.structure[:, None]
-    encoded.styles[:] = 0
     encoded.styles[:, :, 0] = offset
 
     class Renderer:
@@ -197,27 +166,23 @@ def test_costs_show_a_style_that_carries_the_subject_and_a_structure_that_needs_
             return DisentangledDecoderOutput(sample=sample, mask=mask, foreground=mask)
 
     clean = evaluate_reconstruction(Renderer(), encoded)
-    assert clean["psnr_mean"] == pytest.approx(40.0, abs=0.01)
-    assert clean["mask_dice"] == 1.0
-    assert clean["exchange_cost_worst"] == pytest.approx(0.0, abs=1e-6)
-    assert clean["single_cost_mean"] == pytest.approx(0.0, abs=1e-6)
+    assert clean["psnr_mean"] == pytest.approx(40.0, abs=0.01) and clean["mask_dice"] == 1.0
+    assert clean["exchange_cost_worst"] == pytest.approx(0.0, abs=1e-6) == clean["single_cost_mean"]
 
     # Now the style says which subject it is, and the structure from the last modality alone is off by 0.09.
-    encoded.structure[:, 0] = 0
+    encoded.structure[:, 0] = encoded.single_structures[:] = 0
     encoded.styles[:, :, 0] = level + offset
-    encoded.single_structures[:] = 0
     encoded.single_structures[:, 2, 0] = -0.09
     leaking = evaluate_reconstruction(Renderer(), encoded)
-    assert leaking["psnr_mean"] == pytest.approx(40.0, abs=0.01)
-    assert leaking["exchange_cost_mean"] > 10
-    assert leaking["single_cost"] == pytest.approx({"T1": 0.0, "T2": 0.0, "FLAIR": 20.0}, abs=0.01)
+    assert leaking["psnr_mean"] == pytest.approx(40.0, abs=0.01) and leaking["exchange_cost_mean"] > 10
+    assert leaking["single_cost"] == pytest.approx({"T1": 0.0, "T2": 0.0, "WB": 20.0}, abs=0.01)
     assert leaking["single_cost_mean"] == pytest.approx(20 / 3, abs=0.01)
 
 
-def test_missing_modalities_and_masks_are_left_out(autoencoder):
-    encoded = encode_subjects(autoencoder, slices(6, ((0, 0), (3, 1)), has_mask=False))
-    result = evaluate_reconstruction(autoencoder, encoded)
+def test_missing_modalities_and_masks_are_left_out(tiny_autoencoder):
+    encoded = encode_subjects(tiny_autoencoder, slices(6, ((0, 0), (3, 1)), has_mask=False))
+    result = evaluate_reconstruction(tiny_autoencoder, encoded)
     assert result["mask_dice"] is None and result["mask_dice_single"] is None
     assert all(math.isfinite(value) for value in result["psnr"]["all"].values())
-    images, _ = rebuild(autoencoder, encoded)
+    images, _ = rebuild(tiny_autoencoder, encoded)
     assert (images[0, 0] == 0).all() and (images[0, 1] > 0).any()

@@ -11,18 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dldm_pipeline.metrics.report import (
-    PAPER,
-    SECOND,
-    build_tables,
-    claims,
-    mean_scores,
-    plot_scores,
-    plot_steps,
-    show,
-    systems_sheet,
-    write_report,
-)
+from dldm_pipeline.metrics import report
+from dldm_pipeline.metrics.report import PAPER, SECOND, build_tables, claims, mean_scores, show, write_report
 
 MEASURED = Path(__file__).parents[2] / "docs" / "comparison" / "metrics.json"
 ALONE = ("model", "dataset", "seed", "segmenter_dice", "reconstruction", "disentanglement", "alignment", "seconds")
@@ -69,12 +59,6 @@ class Page(HTMLParser):
             self.text += data
 
 
-def test_cells():
-    values = [None, float("nan"), 3, "a", 0.0, 1.23456, 0.98, 0.012345, -0.0005, 19.04]
-    expected = ["-", "-", "3", "a", "0.000", "1.235", "0.980", "0.0123", "-0.0005", "19.040"]
-    assert [show(value) for value in values] == expected
-
-
 def test_both_forms_say_the_same(results, pictures, tmp_path):
     results["dataset"], results["systems"]["DLDM"]["folder"] = "<here> & there", "<a>|b"
     text = write_report(results, pictures, tmp_path)
@@ -84,8 +68,7 @@ def test_both_forms_say_the_same(results, pictures, tmp_path):
 
     lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
     rows = [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    assert rows == page.rows and len({len(row) for row in rows}) > 5
-    assert ["DLDM", "<a>|b"] == rows[1][:2]
+    assert rows == page.rows and len({len(row) for row in rows}) > 5 and ["DLDM", "<a>|b"] == rows[1][:2]
     tables = build_tables(results)
     tables |= tables.pop("alignment")
     assert sorted(rows) == sorted([show(cell) for cell in row] for table in tables.values() for row in table)
@@ -114,7 +97,10 @@ def test_what_was_not_measured_has_no_section(results, pictures, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_papers_claims():
+def test_cells_and_the_papers_claims():
+    values = [None, float("nan"), 3, "a", 0.0, 1.23456, 0.98, 0.012345, -0.0005, 19.04]
+    expected = ["-", "-", "3", "a", "0.000", "1.235", "0.980", "0.0123", "-0.0005", "19.040"]
+    assert [show(value) for value in values] == expected
     paper = claims(PAPER)
     assert paper["frechet_ratio"] == pytest.approx(0.24, abs=0.002)
     assert paper["precision_gain"] == pytest.approx(0.23437) and paper["recall_gain"] == pytest.approx(0.27792)
@@ -139,9 +125,8 @@ def test_tables_of_scores(results, pictures, tmp_path):
     assert re.fullmatch(r"\S+ \[\S+, \S+\]", scores[1][1])
     assert scores[7][-1] == fidelity["DLDM"]["diversity_real"]["mean"]
     assert by_modality[0] == ["", *fidelity["DLDM"]["modalities"], "mean"] and len(by_modality) == 1 + 8 * 4
-    assert (
-        tables["steps"][-1][0] == SECOND and tables["steps"][1][1] == results["steps"]["entries"][0]["frechet_distance"]
-    )
+    first, *_, last = tables["steps"][1:]
+    assert last[0] == SECOND and first[1] == results["steps"]["entries"][0]["frechet_distance"]
     assert by_modality[2][1] == fidelity["StyleGAN2"]["scores"]["frechet_distance"]["T1"]["value"]
 
     assert "is not an FID" in write_report(results, pictures, tmp_path)
@@ -165,18 +150,17 @@ def test_alignment_and_probes_show_every_measure_there_is(results, pictures, tmp
     assert show({row[0]: row[1] for row in tables["alignment"]["enhancement"]}["DLDM"]) == "-"
     new = tables["alignment"]["new_measure"]
     assert new[0] == ["New measure", "A", "B", "mean"] and [row[-1] for row in new[1:]] == [2.0, 2.5, 0.0, 0.0]
-    assert tables["modality_probes"][-1][0] == "new"
-    assert "| new | " in write_report(results, pictures, tmp_path)
+    assert tables["modality_probes"][-1][0] == "new" and "| new | " in write_report(results, pictures, tmp_path)
 
 
 def test_plots(results, tmp_path):
     scores = results["fidelity"]["DLDM"]["scores"]
     results["fidelity"]["DLDM"]["scores"] = {name: scores[name] for name in ("precision", "diversity")}
-    plot_scores(results["fidelity"], tmp_path / "scores.png")
+    report.plot_scores(results["fidelity"], tmp_path / "scores.png")
     assert len(np.unique(np.asarray(Image.open(tmp_path / "scores.png").convert("RGB")).reshape(-1, 3), axis=0)) > 8
     steps = results["steps"]
-    plot_steps(steps, tmp_path / "steps.png")
-    plot_steps(steps | {"floor": None}, tmp_path / "alone.png")
+    report.plot_steps(steps, tmp_path / "steps.png")
+    report.plot_steps(steps | {"floor": None}, tmp_path / "alone.png")
     assert Image.open(tmp_path / "steps.png").width >= 400
     assert (tmp_path / "steps.png").read_bytes() != (tmp_path / "alone.png").read_bytes()
 
@@ -186,7 +170,7 @@ def test_sheet_of_systems(tmp_path):
     present = np.ones((30, 2), dtype=bool)
     present[0, 1] = False
     systems = {"DLDM": images[:5], "plain LDM": images[5:6]}
-    systems_sheet(images, present, systems, ["T1", "WB"], tmp_path / "sheet.png")
+    report.systems_sheet(images, present, systems, ["T1", "WB"], tmp_path / "sheet.png")
     page = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"), dtype=int)
     tile = 3 * 48  # enlarged to about 128
     assert page.shape[0] == pytest.approx(5 * tile, abs=60)  # two real, two DLDM, one plain LDM

@@ -9,6 +9,7 @@ from dldm_pipeline import DisentangledAutoencoder, encoding
 from dldm_pipeline.training_args import AutoencoderArgs
 
 MODALITIES = ("T1", "T2", "FLAIR")
+TINY = {"encoder_channels": (8, 8), "decoder_channels": (8, 8), "head_channels": 8}
 STILL = ("--learning_rate=1e-12", "--ema_decay=0", "--checkpointing_steps=0", "--max_train_steps=1")
 
 
@@ -52,9 +53,8 @@ def test_a_seed_fixes_the_weights_and_resumed_training_goes_on_from_the_checkpoi
     assert all(torch.equal(first[name], resumed[name]) for name in first)
 
 
-@pytest.mark.parametrize(
-    "more, message",
-    [
+def test_bad_input_is_one_line(words, tmp_path, refused):
+    for more, message in (
         (["--resolution=64"], "--image_size"),
         (["--modalities", "T1", "BB"], "BB"),
         (["--dataset=/nowhere"], "/nowhere"),
@@ -62,18 +62,13 @@ def test_a_seed_fixes_the_weights_and_resumed_training_goes_on_from_the_checkpoi
         (["--init_from=absent"], "--init_from absent: no autoencoder there"),
         (["--subset_probability=2"], "--subset_probability 2.0: must be between 0 and 1"),
         (["--encoder_channels", "8", "0"], "--encoder_channels 0"),
-    ],
-)
-def test_bad_input_is_one_line(words, tmp_path, refused, more, message):
-    assert message in refused(train_autoencoder.main, words("autoencoder", tmp_path, *more))
+    ):
+        assert message in refused(train_autoencoder.main, words("autoencoder", tmp_path, *more))
 
 
 def test_every_term_of_the_loss_reaches_the_weights_it_is_for(monkeypatch):
-    args = AutoencoderArgs(target_modalities=1)
-    model = DisentangledAutoencoder(
-        MODALITIES, 32, 4, 4, 2, encoder_channels=(8, 8), decoder_channels=(8, 8), head_channels=8
-    )
-    objective = train_autoencoder.DisentangledLoss(model, args)
+    model = DisentangledAutoencoder(MODALITIES, 32, 4, 4, 2, **TINY)
+    objective = train_autoencoder.DisentangledLoss(model, AutoencoderArgs(target_modalities=1))
     terms = objective(batch())
     assert set(terms) == set(train_autoencoder.WEIGHTS) | {"spectrum"}
     for name, term in terms.items():
@@ -98,19 +93,14 @@ def test_every_term_of_the_loss_reaches_the_weights_it_is_for(monkeypatch):
     assert objective.errors[2] < 1 and torch.equal(objective.errors[:2], torch.tensor([1e-6, 1e-6]))
 
 
-def test_noise_on_structures_is_of_many_levels_up_to_the_largest():
+def test_noise_on_structures_is_of_many_levels_up_to_the_largest_and_trained_with(monkeypatch):
     variance = torch.tensor([1.0, 4.0]).view(1, 2, 1, 1)
     noise = train_autoencoder.add_noise(torch.zeros(200, 2, 32, 32), variance, 0.4)
     level = noise.std(dim=(2, 3)) / variance[0, :, 0, 0].sqrt()
     assert level.min() < 0.02 and 0.37 < level.max() < 0.43 and level.mean() == pytest.approx(0.2, abs=0.03)
     torch.testing.assert_close(level[:, 0], level[:, 1], rtol=0.15, atol=0)
-
-
-def test_structure_noise_is_trained_with(monkeypatch):
-    """The decoder is given the structure with the noise, and nothing else changes."""
-    model = DisentangledAutoencoder(
-        MODALITIES, 32, 4, 4, 2, encoder_channels=(8, 8), decoder_channels=(8, 8), head_channels=8
-    )
+    # The decoder is given the structure with the noise, and nothing else changes.
+    model = DisentangledAutoencoder(MODALITIES, 32, 4, 4, 2, **TINY)
     monkeypatch.setattr(train_autoencoder, "add_noise", lambda structure, variance, largest: structure + 7 * largest)
     given, decode, subjects = [], model.decode, batch()
     monkeypatch.setattr(model, "decode", lambda structure, styles: given.append(structure) or decode(structure, styles))
@@ -133,10 +123,7 @@ def test_further_blocks_start_as_the_identity(words, autoencoder_run, tmp_path):
 
 
 def test_an_autoencoder_can_start_from_one_of_other_modalities_and_size(words, tmp_path):
-    source = DisentangledAutoencoder(
-        modalities=["FLAIR", "BB"], sample_size=64, structure_channels=4, style_channels=2, encoder_channels=[8, 8],
-        decoder_channels=[8, 8], head_channels=8, structure_scale=[9.0] * 4,
-    )  # fmt: skip
+    source = DisentangledAutoencoder(["FLAIR", "BB"], 64, 4, 4, 2, **TINY, structure_scale=[9.0] * 4)
     torch.nn.init.normal_(source.encoder_linear.weight, std=0.01)
     source.save_pretrained(tmp_path / "pipeline" / "autoencoder")
     train_autoencoder.main(words("autoencoder", tmp_path / "out", f"--init_from={tmp_path / 'pipeline'}", *STILL))

@@ -1,4 +1,3 @@
-import pytest
 import torch
 import train_decoder
 
@@ -104,17 +103,16 @@ def test_denoised_structures_stay_near_their_own(tiny_pipeline, monkeypatch):
     assert all(present[torch.arange(6), labels].all() for _, _, labels in calls)
 
 
-@pytest.mark.parametrize(
-    "more, message",
-    [
+def test_bad_input_is_one_line(words, ldm_run, tmp_path, refused):
+    for more, message in (
         (["--pipeline=absent"], "--pipeline absent: no such folder"),
         (["--train_batch_size=1"], "--train_batch_size 1: must be at least 2"),
         (["--adversarial_weight=-1"], "--adversarial_weight -1.0"),
         (["--dataset=./absent"], "absent"),
-    ],
-)
-def test_bad_input_is_one_line(words, ldm_run, tmp_path, refused, more, message):
-    assert message in refused(train_decoder.main, words("decoder", tmp_path / "out", f"--pipeline={ldm_run}", *more))
+    ):
+        assert message in refused(
+            train_decoder.main, words("decoder", tmp_path / "out", f"--pipeline={ldm_run}", *more)
+        )
 
 
 def test_data_of_another_size_are_refused(words, tmp_path, refused):

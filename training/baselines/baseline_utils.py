@@ -71,17 +71,15 @@ def read_slices(
     slices = Slices(*(torch.cat(part).to(device) for part in parts))
     if not len(slices):
         names = ", ".join(dataset.modalities)
-        raise ValueError(
-            f"--dataset: no slice has all of {names} and a mask; name fewer --modalities, or add --conditional"
-        )
+        raise ValueError(f"--dataset: no slice has all of {names} and a mask; give fewer --modalities")
     return slices
 
 
-def random_images(slices: Slices, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real images (B, 1, H, W) in [0, 1] of modalities that are there, half of them mirrored, and their labels (B,)."""
+def random_images(slices: Slices, size: int) -> torch.Tensor:
+    """Real images (B, 1, H, W) in [0, 1] of modalities that are there, half of them mirrored."""
     rows = torch.randint(len(slices), (size,), device=slices.images.device)
     labels = torch.multinomial(slices.present[rows].float(), 1)[:, 0]
-    return mirror_half(slices.images[rows, labels][:, None].float()), labels
+    return mirror_half(slices.images[rows, labels][:, None].float())
 
 
 def mirror_half(images: torch.Tensor) -> torch.Tensor:
@@ -143,10 +141,8 @@ class Selection:
         for m, name in enumerate(self.modalities):
             rows = real.present[:, m].nonzero()[:, 0]
             if len(rows) < 2:
-                raise ValueError(
-                    f"--selection_subjects {num_subjects}: the validation split has {len(rows)} slices of {name}, and KID "
-                    "needs 2; hold out more subjects, or give 0"
-                )
+                found = f"the validation split has {len(rows)} slices of {name}, and KID needs 2"
+                raise ValueError(f"--selection_subjects {num_subjects}: {found}; hold out more subjects, or give 0")
             rows = rows[torch.linspace(0, len(rows) - 1, min(num_subjects, len(rows))).long()]
             self.real.append(self.extractor(to_uint8(real.images[rows, m].cpu().numpy())))
 

@@ -29,13 +29,11 @@ class PlainLDM(ModelMixin, ConfigMixin):
     Args:
         modalities: names, in the order of the labels.
         sample_size: image height and width, pixels.
-        patch_size: pixels of a patch's side that become channels before the first convolution, which saves most of the
-            work at full size.
+        patch_size: side in pixels of the patches that become channels, which saves most of the work at full size.
         autoencoder_channels: width of each grid; the first has sample_size / patch_size, each other one half.
         autoencoder_layers: residual blocks on each grid of the encoder; the decoder has one more.
         latent_channels: of the latent, whose grid is the autoencoder's last.
-        block_out_channels: width of each grid of the denoiser.
-        layers_per_block: residual blocks on each grid of the denoiser.
+        block_out_channels, layers_per_block: width of, and residual blocks on, each grid of the denoiser.
         attention_sizes: grids of the denoiser with attention; the coarsest has one more.
         attention_head_dim: channels of one attention head.
         latents_mean, latents_std: of each latent channel over the training set; `None` until it is measured.
@@ -64,10 +62,8 @@ class PlainLDM(ModelMixin, ConfigMixin):
         check_modalities(modalities)
         shrink = patch_size * 2 ** (len(autoencoder_channels) - 1)
         if sample_size % shrink:
-            raise ValueError(
-                f"autoencoder_channels has {len(autoencoder_channels)} levels and patch_size is {patch_size}: a sample_size "
-                f"of {sample_size} cannot be divided by {shrink}"
-            )
+            given = f"autoencoder_channels has {len(autoencoder_channels)} levels and patch_size is {patch_size}"
+            raise ValueError(f"{given}: a sample_size of {sample_size} cannot be divided by {shrink}")
         self.latent_size = sample_size // shrink
         for width in autoencoder_channels:
             if width < 1 or width % NORM_GROUPS:

@@ -2,13 +2,11 @@
 
 Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (CVPR 2020): mapping network, modulated and
 demodulated convolutions, noise inputs, skip generator, residual discriminator, lazy R1. Karras et al., "Progressive
-Growing of GANs" (ICLR 2018): equalised learning rates and minibatch standard deviation. Miyato & Koyama, "cGANs with
-Projection Discriminator" (ICLR 2018): labels. Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training"
-(NeurIPS 2020): translation. Left out: path-length regularisation and style mixing, which Karras et al. (NeurIPS 2020) found
-to be of no use for small images and data sets.
+Growing of GANs" (ICLR 2018): equalised learning rates and minibatch standard deviation. Zhao et al., "Differentiable
+Augmentation for Data-Efficient GAN Training" (NeurIPS 2020): translation. Left out: path-length regularisation and style
+mixing, which Karras et al. (NeurIPS 2020) found to be of no use for small images and data sets.
 
-Two forms: *joint* draws all modalities of a subject, and its tumour mask, as channels of one image; *conditional* draws
-one modality, named by a label, and a subject is the same latent vector and noise under each label.
+All modalities of a subject, and its tumour mask, are channels of one image, so that they share one anatomy.
 
 Inside, images run from -1 to 1; `sample` gives [0, 1].
 """
@@ -109,17 +107,14 @@ class ModulatedConv2d(nn.Module):
 
 
 class MappingNetwork(nn.Module):
-    """z (B, d), and labels (B,) if there are any, to w (B, d)."""
+    """z (B, d) to w (B, d)."""
 
-    def __init__(self, dim: int, layers: int, num_labels: int):
+    def __init__(self, dim: int, layers: int):
         super().__init__()
-        self.label = nn.Embedding(num_labels, dim) if num_labels else None
-        widths = [2 * dim if num_labels else dim, *[dim] * layers]
-        self.layers = nn.ModuleList(EqualLinear(a, b, speed=0.01) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(EqualLinear(dim, dim, speed=0.01) for _ in range(layers))
 
-    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        parts = [z] if self.label is None else [z, self.label(labels)]
-        x = torch.cat([part * (part.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt() for part in parts], dim=1)
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        x = z * (z.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
         for layer in self.layers:
             x = lrelu(layer(x))
         return x
@@ -145,16 +140,14 @@ class StyleGAN2(ModelMixin, ConfigMixin):
     """The generator, with what is needed to sample subjects.
 
     Args:
-        modalities: names, in the order of the images' channels (joint) or of the labels (conditional).
+        modalities: names, in the order of the images' channels; the tumour mask is one more.
         sample_size: image height and width, pixels: 8, 16, 32, ...
         channels: width on the grid of 4x4, 8x8, ..., sample_size.
         latent_dim: length of z and w.
         mapping_layers: layers of the mapping network.
-        conditional: one modality an image, named by a label, in place of all as channels of one.
-        mask: joint form only: the tumour mask is one more channel.
 
     Raises:
-        ValueError: sizes and widths do not fit together, or the conditional form is to have a mask.
+        ValueError: sizes and widths do not fit together.
     """
 
     @register_to_config
@@ -165,16 +158,12 @@ class StyleGAN2(ModelMixin, ConfigMixin):
         channels: Sequence[int] = (256, 128, 64, 32, 16),
         latent_dim: int = 256,
         mapping_layers: int = 4,
-        conditional: bool = False,
-        mask: bool = True,
     ):
         super().__init__()
         check_grids(sample_size, channels)
         check_modalities(modalities)
-        if conditional and mask:
-            raise ValueError("mask is True and so is conditional, whose modalities share no anatomy; set one to False")
-        self.image_channels = 1 if conditional else len(modalities) + mask
-        self.mapping = MappingNetwork(latent_dim, mapping_layers, len(modalities) if conditional else 0)
+        self.image_channels = len(modalities) + 1
+        self.mapping = MappingNetwork(latent_dim, mapping_layers)
         self.const = nn.Parameter(torch.randn(1, channels[0], 4, 4))
         convs = [StyledConv(channels[0], channels[0], latent_dim)]
         for a, b in zip(channels, channels[1:], strict=False):
@@ -183,15 +172,12 @@ class StyleGAN2(ModelMixin, ConfigMixin):
         self.convs, self.to_image = nn.ModuleList(convs), nn.ModuleList(to_image)
         self.image_bias = nn.Parameter(torch.zeros(self.image_channels))
 
-    def forward(
-        self, z: torch.Tensor, labels: torch.Tensor | None = None, noises: Sequence[torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, noises: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
         """Images (B, image_channels, H, W), about -1 to 1, of z (B, latent_dim), normal.
 
-        `labels` (B,) say which modality, in the conditional form only; `noises` are one (B, 1, h, w) for each convolution,
-        from 4x4 up, by default drawn.
+        `noises` are one (B, 1, h, w) for each convolution, from 4x4 up, by default drawn.
         """
-        w = self.mapping(z, labels)
+        w = self.mapping(z)
         noises = [None] * len(self.convs) if noises is None else noises
         x = self.const.expand(len(z), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         x = self.convs[0](x, w, noises[0])
@@ -213,7 +199,7 @@ class StyleGAN2(ModelMixin, ConfigMixin):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int = 32,
         return_masks: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Draw subjects.
 
         Args:
@@ -222,29 +208,20 @@ class StyleGAN2(ModelMixin, ConfigMixin):
             batch_size: subjects at once; only memory and time depend on it.
 
         Returns:
-            (S, n, H, W) float32 in [0, 1] on the CPU; with `return_masks`, also (S, H, W) of 0 and 1, or `None`.
+            (S, n, H, W) float32 in [0, 1] on the CPU; with `return_masks`, also (S, H, W) of 0 and 1.
 
         Raises:
             ValueError: `num_subjects` or `batch_size` below 1, or another number of generators.
         """
         generators = subject_generators(num_subjects, generator, batch_size)
-        n, conditional = len(self.config.modalities), self.config.conditional
         shapes = [(self.config.latent_dim,), *[(1, size, size) for size in self.noise_sizes()]]
         results = []
         for start in range(0, num_subjects, batch_size):
             part = generators[start : start + batch_size]
-            count = len(part)
-            z, *noises = (randn_tensor((count, *shape), part, self.device, self.dtype) for shape in shapes)
-            if conditional:
-                labels = torch.arange(n, device=self.device).repeat(count)
-                z, *noises = (x.repeat_interleave(n, 0) for x in (z, *noises))
-                images = self(z, labels, noises).unflatten(0, (count, n))[:, :, 0]
-            else:
-                images = self(z, None, noises)
-            results.append((images / 2 + 0.5).float().cpu())
+            z, *noises = (randn_tensor((len(part), *shape), part, self.device, self.dtype) for shape in shapes)
+            results.append((self(z, noises) / 2 + 0.5).float().cpu())
         images = torch.cat(results)
-        masks = (images[:, n] > 0.5).float() if self.config.mask else None
-        images = images[:, :n].clamp(0, 1)
+        masks, images = (images[:, -1] > 0.5).float(), images[:, :-1].clamp(0, 1)
         return (images, masks) if return_masks else images
 
 
@@ -284,12 +261,12 @@ def minibatch_deviation(x: torch.Tensor, group_size: int = 4) -> torch.Tensor:
 
 
 class Discriminator(nn.Module):
-    """Images (B, image_channels, H, W) and labels (B,), if `num_labels` is not 0, to logits (B,), above zero for real.
+    """Images (B, image_channels, H, W) to logits (B,), above zero for real.
 
     `sample_size` and `channels` are as in [`StyleGAN2`].
     """
 
-    def __init__(self, image_channels: int, sample_size: int, channels: Sequence[int], num_labels: int = 0):
+    def __init__(self, image_channels: int, sample_size: int, channels: Sequence[int]):
         super().__init__()
         check_grids(sample_size, channels)
         widths = list(channels)[::-1]
@@ -298,16 +275,11 @@ class Discriminator(nn.Module):
         self.conv = EqualConv2d(widths[-1] + 1, widths[-1], 3)
         self.linear = EqualLinear(widths[-1] * 16, widths[-1])
         self.logit = EqualLinear(widths[-1], 1)
-        self.label = nn.Embedding(num_labels, widths[-1]) if num_labels else None
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.blocks(lrelu(self.from_image(images.contiguous(memory_format=torch.channels_last))))
         x = lrelu(self.conv(minibatch_deviation(x)))
-        x = lrelu(self.linear(x.flatten(1)))
-        logits = self.logit(x)[:, 0]
-        if self.label is not None:
-            logits = logits + (self.label(labels) * x).sum(dim=1) / math.sqrt(x.shape[1])
-        return logits
+        return self.logit(lrelu(self.linear(x.flatten(1))))[:, 0]
 
 
 def translate(images: torch.Tensor, largest: float = 0.125) -> torch.Tensor:

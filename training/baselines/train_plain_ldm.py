@@ -78,7 +78,7 @@ def train_autoencoder(
     objective, optimizer = accelerator.prepare(AutoencoderLoss(model), optimizer)
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        loss = objective(random_images(slices, args.autoencoder_batch_size)[0])
+        loss = objective(random_images(slices, args.autoencoder_batch_size))
         update(accelerator, loss, model.autoencoder.parameters(), optimizer)
         return {"loss": loss}
 

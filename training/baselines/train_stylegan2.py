@@ -2,18 +2,16 @@
 
     accelerate launch training/baselines/train_stylegan2.py                                 # simulated subjects, 64x64
     accelerate launch training/baselines/train_stylegan2.py --dataset DATA --output_dir OUT # your scans
-    accelerate launch training/baselines/train_stylegan2.py --conditional                   # one modality an image
 
-The joint form, which is the default, draws all modalities of a subject and its mask as channels of one image, so that they
-share one anatomy by construction. OUT then holds the generator of the step with the lowest validation KID, to be loaded by
-`StyleGAN2.from_pretrained(OUT)`, its card, samples.png, selection.json and the last checkpoints, from which
-`--resume_from_checkpoint latest` goes on.
+All modalities of a subject and its mask are drawn as channels of one image, so that they share one anatomy. OUT then holds
+the generator of the step with the lowest validation KID, to be loaded by `StyleGAN2.from_pretrained(OUT)`, its card,
+samples.png, selection.json and the last checkpoints, from which `--resume_from_checkpoint latest` goes on.
 """
 
 from pathlib import Path
 
 import torch
-from baseline_utils import Extractor, Selection, Slices, finish, mirror_half, random_images, read_slices, validate
+from baseline_utils import Extractor, Selection, Slices, finish, mirror_half, read_slices, validate
 from stylegan2 import Discriminator, StyleGAN2, translate
 
 from dldm_pipeline.cli import exit_on_user_error
@@ -28,30 +26,20 @@ MAX_GRAD_NORM = 100.0
 
 def build_networks(args: StyleGAN2Args, modalities: tuple[str, ...]) -> tuple[StyleGAN2, Discriminator]:
     """Generator and discriminator, untrained; a ValueError where the widths do not fit the resolution."""
-    size, conditional, widths = args.resolution, args.conditional, args.discriminator_channels or args.channels
+    size, widths = args.resolution, args.discriminator_channels or args.channels
     try:
-        generator = StyleGAN2(
-            modalities, size, args.channels, args.latent_dim, args.mapping_layers, conditional, not conditional
-        )
-        discriminator = Discriminator(generator.image_channels, size, widths, len(modalities) if conditional else 0)
+        generator = StyleGAN2(modalities, size, args.channels, args.latent_dim, args.mapping_layers)
+        discriminator = Discriminator(generator.image_channels, size, widths)
     except ValueError as error:
         raise ValueError(f"--resolution, --channels, --discriminator_channels: {error}") from error
     return generator, discriminator
 
 
-def random_batch(slices: Slices, size: int, conditional: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Random real images, half of them mirrored.
-
-    Returns:
-        (B, C, H, W) float32 in [-1, 1]: all modalities and the mask; or, conditional, the one modality of the label. And
-        labels (B,) or `None`.
-    """
-    if conditional:
-        images, labels = random_images(slices, size)
-        return to_channels(images, torch.ones(size, 1, dtype=torch.bool, device=images.device), None), labels
+def random_batch(slices: Slices, size: int) -> torch.Tensor:
+    """Random real images (B, n + 1, H, W) in [-1, 1], half of them mirrored: all modalities and the mask."""
     rows = torch.randint(len(slices), (size,), device=slices.images.device)
     images = to_channels(slices.images[rows].float(), slices.present[rows], slices.masks[rows].float())
-    return mirror_half(images), None
+    return mirror_half(images)
 
 
 def make_adam(model: torch.nn.Module, args: StyleGAN2Args, interval: int = 0) -> torch.optim.Adam:
@@ -69,7 +57,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     train_set = open_split(data, "train", args.resolution, args.modalities)
     validation_set = open_split(data, "validation", args.resolution, args.modalities)
     generator, discriminator = build_networks(args, train_set.modalities)
-    slices = read_slices(train_set, not args.conditional, workers, device)
+    slices = read_slices(train_set, True, workers, device)
     selection = None
     if is_main:
         real = read_slices(validation_set, num_workers=workers, device=device)
@@ -87,14 +75,14 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
     )
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        real, labels = random_batch(slices, args.train_batch_size, args.conditional)
-        fake = generate(torch.randn(len(real), args.latent_dim, device=device), labels)
+        real = random_batch(slices, args.train_batch_size)
+        fake = generate(torch.randn(len(real), args.latent_dim, device=device))
 
         real = translate(real, args.translation)
         is_penalised = args.r1_gamma > 0 and number % args.r1_interval == 0
-        real_logits = judge(real.requires_grad_(is_penalised), labels)
+        real_logits = judge(real.requires_grad_(is_penalised))
         # The same images serve the generator's step below, which saves generating them twice.
-        fake_logits = judge(translate(fake.detach(), args.translation), labels)
+        fake_logits = judge(translate(fake.detach(), args.translation))
         d_loss = discriminator_loss(real_logits, fake_logits)
         terms = {"d_loss": d_loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
         if is_penalised:
@@ -103,7 +91,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
         update(accelerator, d_loss, discriminator.parameters(), optimizers[1], MAX_GRAD_NORM)
 
         discriminator.requires_grad_(False)
-        terms["g_loss"] = generator_loss(discriminator(translate(fake, args.translation), labels))
+        terms["g_loss"] = generator_loss(discriminator(translate(fake, args.translation)))
         update(accelerator, terms["g_loss"], generator.parameters(), optimizers[0], MAX_GRAD_NORM)
         discriminator.requires_grad_(True)
         return terms
@@ -115,7 +103,6 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
         accelerator, args, generator, [generate, judge], optimizers, step, validate_generator, lr_scheduler="constant"
     )
     if is_main:
-        form = "class-conditional, one modality an image" if args.conditional else "all modalities as joint channels"
         finish(
             generator,
             selection,
@@ -123,8 +110,8 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None) -> N
             args,
             validation_set,
             "StyleGAN2 of brain MRI",
-            f"A StyleGAN2 generator (Karras et al. 2020), {form}, of {', '.join(train_set.modalities)} at "
-            f"{args.resolution}x{args.resolution}" + ("." if args.conditional else " with the tumour mask."),
+            "A StyleGAN2 generator (Karras et al. 2020), all modalities as joint channels, of "
+            f"{', '.join(train_set.modalities)} at {args.resolution}x{args.resolution} with the tumour mask.",
             {"generator parameters": parameters[0], "discriminator parameters": parameters[1]},
             len(slices),
         )

@@ -15,6 +15,7 @@ donor's white matter with it ([`exchange_of_curves`]).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -68,9 +69,7 @@ def tissue_means(subject: SimulatedSubject) -> np.ndarray:
     return np.stack(means, axis=1)
 
 
-def exchange_against_truth(
-    autoencoder: torch.nn.Module, num_families: int = 60, seed: int = SEED, progress: bool = True
-) -> dict:
+def exchange_against_truth(autoencoder: torch.nn.Module, num_families: int = 60, seed: int = SEED) -> dict:
     """Rebuilds simulated subjects from another image of their anatomy and another anatomy's style.
 
     A family is two anatomies, each under the same two acquisitions: four images. Each is rebuilt from the structure of the
@@ -89,7 +88,7 @@ def exchange_against_truth(
     names, size = list(autoencoder.config.modalities), autoencoder.config.sample_size
     subjects = [
         simulate_subject((seed, 2 * k + i), (seed, 1, 2 * k + a), size, modalities=names)
-        for k in tqdm(range(num_families), desc="simulate families", disable=not progress)
+        for k in tqdm(range(num_families), desc="simulate families")
         for i in range(2)
         for a in range(2)
     ]
@@ -128,12 +127,23 @@ def _white_dice(subjects: Sequence[SimulatedSubject], rebuilt: np.ndarray, t1: i
     return np.mean(scores)
 
 
+@lru_cache(maxsize=1)
+def _probe_subjects(number: int, size: int, names: tuple[str, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, n, H, W) of subjects with an anatomy and an acquisition each, and their `tissue_means` (N, n, 3)."""
+    images, means = np.empty((number, len(names), size, size), np.float32), []
+    for index in tqdm(range(number), desc="simulate subjects for the probes"):
+        subject = simulate_subject((seed, 2, index), (seed, 3, index), size, modalities=names)
+        images[index] = subject.images
+        means.append(tissue_means(subject))
+    return images, np.stack(means)
+
+
 def appearance_probes(
-    autoencoder: torch.nn.Module, num_train: int = 1000, num_test: int = 500, seed: int = SEED, progress: bool = True
+    autoencoder: torch.nn.Module, num_train: int = 1000, num_test: int = 500, seed: int = SEED
 ) -> dict:
     """R² with which ridge regressions tell tissue means from the modality's style, and from the whole structure.
 
-    Every subject has an anatomy and an acquisition of its own. The penalty is chosen by leave-one-out among the training
+    The penalty is chosen by leave-one-out among the training
     subjects.
 
     Returns:
@@ -141,12 +151,9 @@ def appearance_probes(
         for each `..._white_grey_min`, `..._white_grey_max` and `..._csf_min`.
     """
     names, size = list(autoencoder.config.modalities), autoencoder.config.sample_size
-    structure, styles, means = [], [], []
-    for index in tqdm(range(num_train + num_test), desc="simulate subjects", disable=not progress):
-        subject = simulate_subject((seed, 2, index), (seed, 3, index), size, modalities=names)
-        z, s = _encode(autoencoder, subject.images[None])
-        structure.append(z.flatten().numpy()), styles.append(s[0].numpy()), means.append(tissue_means(subject))
-    structure, styles, means = np.stack(structure), np.stack(styles), np.stack(means)
+    images, means = _probe_subjects(num_train + num_test, size, tuple(names), seed)
+    structure, styles = (code.numpy() for code in _encode(autoencoder, images))
+    structure = structure.reshape(len(structure), -1)
     result: dict = {kind: {tissue: {} for tissue in TISSUES} for kind in ("style", "structure")}
     for t, tissue in enumerate(TISSUES):
         for kind in result:

@@ -51,6 +51,7 @@ SMALLER = {
     "examples/app.py": "--help",  # serves until it is stopped: tests/examples/test_app.py starts it
     "benchmarks/paper_preset.py": "--help",  # a minute and 2 GiB
     "benchmarks/comparison.py": "--help",  # hours
+    "benchmarks/simulation.py": "--help",  # minutes
     "--pipeline outputs/comparison/dldm": "--help",  # of a pipeline that takes hours
     "--config autoencoder_paper": "--help",  # as the benchmark of the paper's preset
     "--config ldm_paper": "--help",

@@ -55,7 +55,7 @@ def edge_map(image: np.ndarray) -> np.ndarray:
 
 
 def edge_correlation(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> float:
-    """Pearson correlation of two [`edge_map`]s (H, W) over a region, bool (H, W); NaN if it or the edges are empty."""
+    """Pearson correlation of two maps by [`edge_map`] (H, W) over a region, bool (H, W); NaN if it or the edges are empty."""
     a, b = first[region], second[region]
     if a.size < 2 or a.std() == 0 or b.std() == 0:
         return float("nan")

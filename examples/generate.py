@@ -3,6 +3,7 @@
     python examples/generate.py                                            # 8 subjects from the bundled pipeline
     python examples/generate.py --num_subjects 100 --modalities T1 FLAIR --output outputs/hundred
     python examples/generate.py --pipeline outputs/ldm                     # a pipeline that you trained, or one of the Hub
+    python examples/generate.py --appearances 4                            # each anatomy as four scanners would show it
     python examples/generate.py --format dicom --output outputs/dicom      # or dataset: a data set to train on
 
 The output folder gets sheet.png for a first look, a folder for each subject with 16-bit PNG and NIfTI files (or the files of
@@ -23,6 +24,7 @@ from dldm_pipeline.data.export import FORMATS, check_export_folder
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_subjects", type=int, default=8, help="how many (default: %(default)s)")
+    parser.add_argument("--appearances", type=int, default=1, help="of each anatomy, one below the other (default: 1)")
     parser.add_argument("--modalities", nargs="+", metavar="NAME", help="which, in which order (default: all)")
     formats = "nifti: NIfTI and PNG; dicom: a study for each subject; dataset: for training scripts"
     parser.add_argument("--format", choices=FORMATS, default="nifti", help=f"{formats} (default: %(default)s)")
@@ -36,16 +38,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()
+    if args.appearances < 1:
+        raise ValueError(f"--appearances {args.appearances}: must be at least 1")
+    if args.appearances > 1 and args.format == "dataset":
+        raise ValueError("--appearances: one anatomy could be in training and validation; use another --format.")
     check_export_folder(args.output, args.overwrite, args.format)
     folder = find_pipeline(args.pipeline)
     pipeline = DLDMPipeline.from_pretrained(folder).to(args.device)
     names = ("num_inference_steps", "num_style_inference_steps", "guidance_scale")
     settings = {name: getattr(args, name) for name in names}
     generator = torch.Generator().manual_seed(args.seed)
-    output = pipeline(args.num_subjects, args.modalities, generator=generator, output_type="np", **settings)
+    structure, count = None, args.num_subjects * args.appearances
+    if args.appearances > 1:
+        anatomies = pipeline(args.num_subjects, generator=generator, output_type="latent", **settings)
+        structure = anatomies.structure.repeat_interleave(args.appearances, dim=0)
+    options = dict(structure=structure, generator=generator, output_type="np", **settings)
+    output = pipeline(count, args.modalities, **options)
+    settings["appearances"] = args.appearances
     save_subjects(output, args, folder, settings, format=args.format)
     seconds = time.perf_counter() - started
-    print(f"{args.num_subjects} subjects x {len(output.modalities)} modalities and masks in {seconds:.0f} s")
+    print(f"{count} subjects x {len(output.modalities)} modalities and masks in {seconds:.0f} s")
     print(f"look at {args.output / 'sheet.png'}")
 
 

@@ -38,7 +38,7 @@ from dldm_pipeline.data.export_dicom import write_dicom
 from dldm_pipeline.data.files import new_folder, write_text
 from dldm_pipeline.data.sheet import contact_sheet
 from dldm_pipeline.data.slices import data_card, write_slices
-from dldm_pipeline.modalities import MASK
+from dldm_pipeline.modalities import LABELS, MASK
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
 FORMATS = ("nifti", "dicom", "dataset")
@@ -71,6 +71,7 @@ def export_subjects(
     orientation that `dldm_pipeline.data.volumes` gives its slices (row 0 anterior, column 0 the patient's right).
 
     - `"nifti"`: NIfTI, marked in `descrip` and by the notice in a header extension, and 16-bit PNG with the notice as text.
+      The tumour's NIfTI holds the labels of its regions where the pipeline knows them.
     - `"dicom"`: one study a subject, a series of one MR image a modality and a DICOM Segmentation, see
       [`~data.export_dicom.write_dicom`].
     - `"dataset"`: rows as `prepare_dataset.py` writes them, split by subject; `source` is the notice.
@@ -98,16 +99,17 @@ def export_subjects(
         FileExistsError: If there is something in `folder` that may not be replaced.
         OSError: If `folder` cannot be written, or the disk is full.
     """
-    images, masks = output.images, output.masks
+    images, labels = output.images, output.masks if output.labels is None else output.labels
     if torch.is_tensor(images):
-        images, masks = images.cpu().numpy(), masks.cpu().numpy()
+        images, labels = images.cpu().numpy(), labels.cpu().numpy()
     if not isinstance(images, np.ndarray):
         raise ValueError("`output` has no float images to export; call the pipeline with `output_type='np'`.")
     if not np.isfinite(images).all():
         raise ValueError("`output.images` has values that are not numbers: the pipeline's weights are broken.")
     if len({*map(_file_word, output.modalities), "seg"}) != len(output.modalities) + 1:
         raise ValueError(f"The modalities {output.modalities} do not give different file names; rename one.")
-    images, labels = np.clip(images, 0, 1), (masks > 0).astype(np.uint8)
+    images, labels = np.clip(images, 0, 1), labels.astype(np.uint8)
+    regions = output.labels is not None
     height, width = labels.shape[1:]
     spacing = tuple(float(step) for step in pixel_spacing or (FIELD_OF_VIEW / height, FIELD_OF_VIEW / width))
     check_export_folder(folder, overwrite, format)
@@ -119,13 +121,14 @@ def export_subjects(
         "modalities": list(output.modalities),
         "image_size": [height, width],
         "pixel_spacing_mm": spacing,
-        "intensities": "0 to 65535 stands for [0, 1]; in the mask, what is not 0 is tumour",
+        "intensities": "0 to 65535 stands for [0, 1]; in the mask, what is not 0 is tumour"
+        + (": 1 necrotic core, 2 oedema, 3 enhancing tumour (NIfTI only)" if regions else ""),
         "seed": seed,
         "settings": dict(settings or {}),
         "checkpoint": checkpoint and {"name": Path(checkpoint).resolve().name, "sha256": checkpoint_hashes(checkpoint)},
         "versions": package_versions(),
         "subjects": [
-            {"name": f"synthetic-{k:04d}", "files": {}, "tumour_pixels": int(label.sum())}
+            {"name": f"synthetic-{k:04d}", "files": {}, "tumour_pixels": int((label > 0).sum())}
             for k, label in enumerate(labels)
         ],
     }
@@ -133,14 +136,15 @@ def export_subjects(
     with new_folder(folder, overwrite) as temporary:
         subjects = tqdm(list(zip(manifest["subjects"], images, labels, strict=True)), desc="export")
         if format == "dataset":
-            _write_dataset(temporary, subjects, output.modalities, height, spacing, notice)
+            _write_dataset(temporary, subjects, output.modalities, height, spacing, notice, regions)
         else:
             for entry, subject, label in subjects:
                 grey = dict(zip(output.modalities, np.rint(subject * 65535).astype(np.uint16), strict=True))
                 entry["files"] = _write_subject(temporary, entry["name"], grey, label, spacing, notice, format)
         names = [subject["name"] for subject in manifest["subjects"][:SHEET_SUBJECTS]]
-        shown = slice(0, SHEET_SUBJECTS)
-        contact_sheet(images[shown], masks[shown], output.modalities, names, temporary / "sheet.png", outline_all=False)
+        shown, coloured = labels[:SHEET_SUBJECTS], labels[:SHEET_SUBJECTS] if regions else None
+        path = temporary / "sheet.png"
+        contact_sheet(images[:SHEET_SUBJECTS], shown, output.modalities, names, path, labels=coloured)
         write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return folder
 
@@ -230,14 +234,17 @@ def _write_subject(
     stems = {key: f"{name}/{name}_{_file_word(key)}" for key in images} | {MASK: f"{name}/{name}_seg"}
     if format == "dicom":
         files = [root / f"{stem}.dcm" for stem in stems.values()]
-        write_dicom(files, images, label, name, spacing, notice, package_versions()["dldm_pipeline"])
+        write_dicom(
+            files, images, (label > 0).astype(np.uint8), name, spacing, notice, package_versions()["dldm_pipeline"]
+        )
         return {key: {"dicom": f"{stem}.dcm"} for key, stem in stems.items()}
     for stem, pixels in zip(stems.values(), (*images.values(), label), strict=True):
         _write_nifti(root / f"{stem}.nii.gz", pixels, spacing, notice)
         text = PngInfo()
         text.add_text("Synthetic", "true")
         text.add_text("Description", notice)
-        Image.fromarray(pixels * 255 if pixels is label else pixels).save(root / f"{stem}.png", pnginfo=text)
+        shown = np.where(pixels > 0, 255, 0).astype(np.uint8) if pixels is label else pixels
+        Image.fromarray(shown).save(root / f"{stem}.png", pnginfo=text)
     return {key: {"nifti": f"{stem}.nii.gz", "png": f"{stem}.png"} for key, stem in stems.items()}
 
 
@@ -261,13 +268,15 @@ def _write_dataset(
     image_size: int,
     spacing: tuple[float, float],
     notice: str,
+    regions: bool,
 ) -> None:
     rows = (
         {
             "subject": entry["name"],
             "slice_index": 0,
             **dict(zip(modalities, images, strict=True)),
-            MASK: label,
+            MASK: label > 0,
+            LABELS: label if regions else None,
             "source": notice,
             "pixel_spacing": spacing,
         }

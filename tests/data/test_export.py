@@ -60,6 +60,22 @@ def test_files_and_manifest(output, folder, checkpoint):
     assert [subject["tumour_pixels"] for subject in manifest["subjects"]] == [mask.sum() for mask in output.masks]
 
 
+def test_regions_are_labels_in_nifti_and_in_a_data_set(output, tmp_path):
+    labels = output.masks * np.random.default_rng(0).integers(1, 4, output.masks.shape).astype(np.uint8)
+    known = DLDMPipelineOutput(output.images, output.masks, None, None, output.modalities, labels)
+    export_subjects(known, tmp_path / "nifti")
+    stem = tmp_path / "nifti" / "synthetic-0001" / "synthetic-0001_seg"
+    assert np.array_equal(np.asarray(nib.load(f"{stem}.nii.gz").dataobj)[:, :, 0], labels[1][::-1, ::-1].T)
+    with Image.open(f"{stem}.png") as png:
+        assert np.array_equal(np.asarray(png) == 255, output.masks[1])
+    manifest = json.loads((tmp_path / "nifti" / "manifest.json").read_text())
+    assert [entry["tumour_pixels"] for entry in manifest["subjects"]] == [mask.sum() for mask in output.masks]
+    export_subjects(known, tmp_path / "set", format="dataset")
+    items = [item for split in ("train", "validation") for item in SliceDataset(tmp_path / "set", split)]
+    items = {item["subject"]: item for item in items}
+    assert all(np.array_equal(items[f"synthetic-{k:04d}"]["labels"], labels[k]) for k in range(2))
+
+
 def test_png_and_nifti_hold_the_images_to_16_bits_and_the_mark(output, folder):
     for kind, image in zip(["t1", "flair", "wb"], output.images[1], strict=True):
         stem = folder / "synthetic-0001" / f"synthetic-0001_{kind}"

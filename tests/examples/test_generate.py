@@ -40,11 +40,30 @@ def test_writes_subjects_sheet_and_manifest(script, refused, tiny_pipeline, word
     assert len(list(out.glob("data/*.parquet"))) == 2 and not list(out.glob("synthetic-*"))
 
 
+def test_appearances_share_their_anatomy(script, words, tmp_path):
+    script.main([*words, "--appearances", "3"])
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["num_subjects"] == 6 and manifest["settings"]["appearances"] == 3
+    read = [
+        {name: np.asarray(Image.open(tmp_path / "out" / subject["files"][name]["png"])) for name in ("mask", "T1")}
+        for subject in manifest["subjects"]
+    ]
+    for k in range(6):
+        same = [np.array_equal(read[k]["mask"], other["mask"]) for other in read]
+        assert same == [other // 3 == k // 3 for other in range(6)]
+    assert len({image["T1"].tobytes() for image in read}) == 6
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(refused, words, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     for more, message in (
         (["--num_subjects", "0"], "num_subjects"),
         (["--modalities", "PET"], "PET"),
+        (["--appearances", "0"], "--appearances 0"),
+        (
+            ["--appearances", "2", "--format", "dataset"],
+            "--appearances: one anatomy could be in training and validation",
+        ),
         (["--pipeline", "./nowhere"], "nowhere: no such folder"),
         (["--output", "/dev/null/out"], "cannot write"),
         (["--format", "dicom", "--pipeline", "./nowhere"], "writing DICOM needs highdicom"),

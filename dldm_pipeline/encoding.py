@@ -40,7 +40,7 @@ def random_subset(present: torch.Tensor) -> torch.Tensor:
 
 def encode_exchanged(
     autoencoder: DisentangledAutoencoder, batch: dict[str, torch.Tensor], subset_probability: float
-) -> tuple[torch.Tensor, torch.Tensor, DisentangledEncoderOutput, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, DisentangledEncoderOutput, DisentangledEncoderOutput, torch.Tensor]:
     """Structures and styles to rebuild the images of a batch with, from other images of the same anatomy and acquisition.
 
     Strategy 3 of Na et al. (MIDL 2023) with a target that follows the style, see [`dldm_pipeline.appearance`].
@@ -51,19 +51,20 @@ def encode_exchanged(
         subset_probability: fraction of structures from a [`random_subset`] of the modalities.
 
     Returns:
-        Structures (B, c_s, h, w) and styles (B, n, c_t), sampled; the posteriors given all modalities; and the modes
-        (B, c_s, h, w) of the structures of random subsets, of each row or another one of its anatomy.
+        Structures (B, c_s, h, w) and styles (B, n, c_t), sampled; the posteriors given all modalities, and given the subsets;
+        and for each row another one of its anatomy (B,), itself if there is none.
     """
     present = batch["present"]
     own = torch.arange(len(present), device=present.device)
-    twin = random_partners(batch.get("anatomy", own), TWIN_PROBABILITY)
+    twin = random_partners(batch.get("anatomy", own), 1.0)
     donor = random_partners(batch.get("acquisition", own), DONOR_PROBABILITY)[:, None].expand(present.shape)
     donor = torch.where(present.gather(0, donor), donor, own[:, None])  # a donor that lacks the modality is not used
     full, some = autoencoder.encode_subsets(batch.get("inputs", batch["images"]), [present, random_subset(present)])
     styles = full.style_dist.sample()[donor, torch.arange(present.shape[1], device=present.device)]
     from_subset = torch.rand(len(present), 1, 1, 1, device=present.device) < subset_probability
-    structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())[twin]
-    return structure, styles, full, some.structure_dist.mode()[twin]
+    structure = torch.where(from_subset, some.structure_dist.sample(), full.structure_dist.sample())
+    source = torch.where(torch.rand(len(present), device=present.device) < TWIN_PROBABILITY, twin, own)
+    return structure[source], styles, full, some, twin
 
 
 # ---------------------------------------------------------------------------------------------------------------------

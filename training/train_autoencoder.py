@@ -58,9 +58,10 @@ class DisentangledLoss(torch.nn.Module):
         images, present, args = batch["images"], batch["present"], self.args
         foreground = foreground_of(images, present)
         # Strategies 1 and 3: one structure a subject, and styles exchanged, with a target that follows the style.
-        structure, styles, full, subset_mode = encode_exchanged(self.autoencoder, batch, args.subset_probability)
-        mode = full.structure_dist.mode().detach()
-        variance = mode.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
+        structure, styles, full, some, twin = encode_exchanged(self.autoencoder, batch, args.subset_probability)
+        mode, subset_mode = full.structure_dist.mode(), some.structure_dist.mode()
+        goal = mode.detach()
+        variance = goal.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
         if args.structure_noise:
             structure = add_noise(structure, variance, args.structure_noise)
 
@@ -78,7 +79,8 @@ class DisentangledLoss(torch.nn.Module):
         self.errors[chosen] = self.errors[chosen].lerp(squared, 0.02)
         return terms | {
             "mask": mask_loss(output.regions, *nested_regions(batch, self.autoencoder.config.num_regions)),
-            "agreement": ((subset_mode - mode) ** 2 / variance).mean(),
+            # A subset's structure is that of all modalities, and two images of one anatomy have one structure.
+            "agreement": (((subset_mode - goal) ** 2 + (mode[twin] - goal) ** 2) / variance).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()
             + full.style_dist.kl().mean() / styles[0, 0].numel(),
         }

@@ -80,7 +80,7 @@ class DecoderLoss(torch.nn.Module):
         args, n = self.args, batch["present"].shape[1]
         foreground = foreground_of(images, present)
         with torch.no_grad():
-            structure, styles, full, _ = encode_exchanged(self.autoencoder, batch, args.subset_probability)
+            structure, styles, full, *_ = encode_exchanged(self.autoencoder, batch, args.subset_probability)
             paired = (len(images) + 1) // 2  # subjects whose images are known, the first of the batch
             denoised = slice((paired + 1) // 2)
             chosen = torch.randint(len(self.generated), (len(images) - paired,), device=images.device)

@@ -53,23 +53,24 @@ def test_structures_are_of_the_anatomy_and_styles_of_the_acquisition(tiny_autoen
         monkeypatch.setattr(encoding, "TWIN_PROBABILITY", probability)
         monkeypatch.setattr(encoding, "DONOR_PROBABILITY", probability)
         with torch.no_grad():
-            structure, styles, full, mode = encoding.encode_exchanged(tiny_autoencoder, subjects | groups, subset)
+            structure, styles, full, some, twin = encoding.encode_exchanged(tiny_autoencoder, subjects | groups, subset)
+        assert torch.equal(twin, order ^ 1)  # the other row of the anatomy
+        source = (some if subset else full).structure_dist.mode()[twin if probability else order]
+        torch.testing.assert_close(structure, source, rtol=0, atol=1e-3)
         own = full.style_dist.mode()
         same = (styles[:, None] - own[None]).abs().amax(dim=-1) < 1e-3  # row, donor, modality
         assert same.any(dim=1).all()
         row, donor, modality = same.nonzero().T
         assert torch.equal(groups["acquisition"][row], groups["acquisition"][donor])
         assert subjects["present"][donor, modality][row != donor].all()
-        twin = order ^ 1 if probability else order  # the other row of the anatomy
-        if subset:
-            torch.testing.assert_close(structure, mode, rtol=0, atol=1e-3)
+        if probability:
             assert (same[order, order].float().mean(dim=0) < 0.6).all()  # T2 often has no donor
         else:
-            torch.testing.assert_close(structure, full.structure_dist.mode()[twin], rtol=0, atol=1e-3)
             assert same[order, order].all()
     # Without groups every row is its own.
     with torch.no_grad():
-        structure, styles, full, mode = encoding.encode_exchanged(tiny_autoencoder, subjects, 0.0)
+        structure, styles, full, _, twin = encoding.encode_exchanged(tiny_autoencoder, subjects, 0.0)
+    assert torch.equal(twin, order)
     torch.testing.assert_close(structure, full.structure_dist.mode(), rtol=0, atol=1e-3)
     torch.testing.assert_close(styles, full.style_dist.mode(), rtol=0, atol=1e-3)
 

@@ -83,10 +83,11 @@ def test_every_term_of_the_loss_reaches_the_weights_it_is_for(monkeypatch):
     # The subset's structure learns from that of all modalities, which does not move towards it.
     monkeypatch.setattr(encoding, "random_subset", lambda present: present & (torch.arange(3) == 0))
     subjects = batch()
-    gradient = torch.autograd.grad(
-        objective(subjects | {"images": subjects["images"].requires_grad_()})["agreement"], subjects["images"]
-    )[0]
-    assert gradient[:, 0].any() and not gradient[:, 1:].any()
+    for anatomy, moves in ((torch.arange(4), False), (torch.arange(4) // 2, True)):  # but towards its twin's
+        images = subjects["images"].clone().requires_grad_()
+        agreement = objective(subjects | {"images": images, "anatomy": anatomy})["agreement"]
+        gradient = torch.autograd.grad(agreement, images)[0]
+        assert gradient[:, 0].any() and bool(gradient[:, 1:].any()) == moves
     # The modality that is rebuilt worst is chosen the most often.
     objective.errors = torch.tensor([1e-6, 1e-6, 1.0])
     objective(batch())

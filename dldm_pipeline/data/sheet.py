@@ -76,7 +76,8 @@ def contact_sheet(
     for column, title in enumerate(titles):
         middle = left + column * (tile_width + _GAP) + tile_width // 2
         draw.text((middle, top // 2), title, fill=TEXT, font=font, anchor="mm")
-    for row, (tiles, mask, regions) in enumerate(zip(images, masks, labels or [None] * len(images), strict=True)):
+    labels = [None] * len(images) if labels is None else labels
+    for row, (tiles, mask, regions) in enumerate(zip(images, masks, labels, strict=True)):
         y = top + row * (tile_height + _GAP)
         if row_names is not None:
             draw.text((left - 2 * _GAP, y + tile_height // 2), row_names[row], fill=TEXT, font=font, anchor="rm")

@@ -105,10 +105,15 @@ def main(argv: list[str] | None = None) -> None:
                 f"Before you share them, check that you may.\n\n{report_table(reports)}"
             )
         else:
-            simulator = "phantom.py" if args.simulation is None else "simulation.py"
+            simulator, how = "phantom.py", ""
+            if args.simulation is not None:
+                simulator, how = (
+                    "simulation.py",
+                    ", {} slices each in {} acquisitions, {:g} without tumour".format(*simulation),
+                )
             origin = (
-                f"{args.phantom or args.simulation} simulated subjects (`dldm_pipeline/data/{simulator}`, seed {args.seed}). "
-                "No patient's data are in here."
+                f"{args.phantom or args.simulation} simulated subjects (`dldm_pipeline/data/{simulator}`, seed {args.seed}"
+                f"{how}). No patient's data are in here."
             )
         title = "Aligned multi-modal brain MRI slices"
         card = data_card(title, modalities, args.image_size, summary, origin, "contact_sheet.png")
@@ -134,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         meaning = "1 necrotic core, 2 oedema, 3 enhancing tumour, and 4 read as 3"
         print(f"{len(with_regions)} subjects have regions, taken for BraTS's: {meaning}")
     if with_mask - with_regions:
-        print(f"{len(with_mask - with_regions)} subjects have a binary mask: no regions")
+        print(f"{len(with_mask - with_regions)} subjects have a mask without regions")
     for split, counts in summary.items():
         print(f"{split}: {counts['rows']} slices of {counts['subjects']} subjects")
     if not summary["validation"]["subjects"]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from dldm_pipeline.data.anatomy import Anatomy, SmoothField
+from dldm_pipeline.data.anatomy import Anatomy, SmoothField, entropy
 from dldm_pipeline.data.mr_signal import TISSUE_VALUES, TISSUES, signal
 
 _FIELD_POWER = {
@@ -102,7 +102,7 @@ class Acquisition:
 def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
     """Draws a scanner. The same seed gives the same one, whatever the anatomy."""
     # Other streams than an anatomy of the same seed has.
-    rng, coil_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed, spawn_key=(1,)).spawn(2))
+    rng, coil_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(entropy(seed), spawn_key=(1,)).spawn(2))
     factors: dict[str, float] = {}
 
     strong = rng.random() < 0.6

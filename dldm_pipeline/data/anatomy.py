@@ -4,6 +4,7 @@ The atlas (`atlas.py`) is turned, scaled and bent by one smooth warp; lesions ar
 and vessels are tubes. Coordinates are millimetres in the scanner: x to the right of the atlas, y to the front, z up.
 """
 
+import hashlib
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +20,11 @@ _CENTRE = np.array([0.0, -17.0, 5.0])  # MNI coordinates of the scanner's middle
 _BOX_MARGIN = 1.04  # field of view over the brain's longest side, as real scans are cut (`volumes.py`)
 _PATH_STEP = 0.8  # mm between the points of a vessel
 _VESSEL_BANK = 1500  # vessels traced in the atlas; each subject has some of them
+
+
+def entropy(seed: int | tuple[int, ...]) -> list[int]:
+    """What a random generator takes for a seed: different for every integer and every tuple, which NumPy's own is not."""
+    return list(hashlib.sha256(repr(seed).encode()).digest())
 
 
 class SmoothField:
@@ -126,7 +132,7 @@ class Anatomy:
     """One subject's head: everything but how it is imaged.
 
     Args:
-        seed: non-negative integer, or a sequence of them.
+        seed: non-negative integer, or a tuple of them.
         tumour: whether it has lesions.
 
     Attributes:
@@ -139,7 +145,7 @@ class Anatomy:
 
     def __init__(self, seed: int | tuple[int, ...], tumour: bool = True) -> None:
         frame, details, lesions, vessels = (
-            np.random.default_rng(s) for s in np.random.SeedSequence(seed, spawn_key=(0,)).spawn(4)
+            np.random.default_rng(s) for s in np.random.SeedSequence(entropy(seed), spawn_key=(0,)).spawn(4)
         )
         self.factors: dict[str, float] = {}
         self.maps, self.origin = load_atlas(WHOLE_BRAIN)

@@ -11,6 +11,8 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,8 @@ def simulated_rows(
         raise ValueError(f"tumour_free_fraction is {tumour_free_fraction}; it must be between 0 and 1, such as 0.2.")
     shape = (size, tuple(modalities), slices_per_subject, acquisitions)
     free = [
-        int((index + 1) * tumour_free_fraction) > int(index * tumour_free_fraction) for index in range(num_subjects)
+        int((index + 1) * tumour_free_fraction + 1e-9) > int(index * tumour_free_fraction + 1e-9)
+        for index in range(num_subjects)
     ]
     jobs = [((seed, index), not free[index], *shape) for index in range(num_subjects)]
     # Also checks size and modalities, and loads what forked workers then share.
@@ -103,13 +106,13 @@ def simulated_dataset(
     parts = {
         f"slices{slices_per_subject}": slices_per_subject != 1,
         f"acquisitions{acquisitions}": acquisitions != 1,
-        f"free{tumour_free_fraction:g}": tumour_free_fraction != 0,
+        f"free{tumour_free_fraction!r}": tumour_free_fraction != 0,
         "-".join(modalities): modalities != DEFAULT_MODALITIES,
         f"seed{seed}": seed != 0,
     }
     name = f"simulated-v{simulation.SIMULATOR_VERSION}-{size}-{num_subjects}"
     folder = Path(root) / "-".join([name, *(part for part, named in parts.items() if named)])
-    if not folder.is_dir():
+    if not any(folder.glob("data/train-*.parquet")):
         options = (slices_per_subject, acquisitions, tumour_free_fraction, num_workers or os.cpu_count())
         rows = simulated_rows(num_subjects, size, seed, modalities, *options)
         total = num_subjects * slices_per_subject * acquisitions
@@ -123,15 +126,21 @@ def map_in_order(function: Callable[[tuple], Any], jobs: Sequence[tuple], num_wo
     if num_workers <= 1:
         yield from map(function, jobs)
         return
-    with multiprocessing.Pool(min(num_workers, len(jobs))) as pool:
-        # One block is made while the last one is used: with all at once, a slow reader would let the memory grow.
-        block, blocks = 8 * num_workers, deque()
-        for start in range(0, len(jobs), block):
-            blocks.append(pool.map_async(function, jobs[start : start + block], chunksize=1))
-            if len(blocks) > 1:
-                yield from blocks.popleft().get()
-        while blocks:
-            yield from blocks.popleft().get()
+    # Not `multiprocessing.Pool`, which waits for ever for a worker that was killed.
+    with ProcessPoolExecutor(min(num_workers, len(jobs)), multiprocessing.get_context("fork")) as pool:
+        try:
+            waiting = deque()
+            for job in jobs:
+                waiting.append(pool.submit(function, job))
+                if len(waiting) > 8 * num_workers:  # with all at once, a slow reader would let the memory grow
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            reason = "a worker was killed, perhaps for want of memory"
+            raise OSError(f"num_workers is {num_workers} and {reason}; give fewer workers.") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _subject_rows(job: tuple) -> list[dict[str, Any]]:

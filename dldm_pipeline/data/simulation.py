@@ -10,14 +10,16 @@ the anatomy, the same to the bit whether it is drawn alone or with its volume.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
 from dldm_pipeline.data.acquisition import SEQUENCES, Acquisition, image_slice, sample_acquisition
-from dldm_pipeline.data.anatomy import Anatomy
+from dldm_pipeline.data.anatomy import Anatomy, entropy
 from dldm_pipeline.modalities import DEFAULT_MODALITIES, check_modalities
 
-SIMULATOR_VERSION = 1
+SIMULATOR_VERSION = 2
 """Raised whenever a seed gives other images than before; part of the name of a cached data set."""
 
 _HEIGHT_STEP = 1e-6  # heights are rounded to it, so that a slice of a volume has a height that can be given again
@@ -32,7 +34,8 @@ class SimulatedSubject:
     Attributes:
         images: (n, H, W) float32 in [0, 1], one per modality; 0 outside the brain. Row 0 is anterior.
         labels: (H, W) uint8: 1 necrotic core, 2 oedema, 3 enhancing tumour, 0 else.
-        tissues: name in `TISSUES` -> (H, W) float32 partial-volume fraction in [0, 1]; they sum to 1 inside the brain.
+        tissues: name in `TISSUES` -> (H, W) float32 partial-volume fraction in [0, 1]; they sum to 1 inside the brain, to at
+            least 0.5 at its rim.
         factors: name -> number drawn, of the anatomy and of the acquisition.
         modalities: names of the images, in order.
         height: relative level of the slice in the brain: 0 lowest, 1 highest.
@@ -94,7 +97,7 @@ def simulate_subject(
     """Simulates one slice; the same arguments give the same slice.
 
     Args:
-        seed: of the anatomy: a non-negative integer, or several.
+        seed: of the anatomy: a non-negative integer, or several in a tuple.
         acquisition_seed: of the scanner; by default `seed`.
         size: height and width of the images in pixels, 32 to 1024.
         height: relative level of the slice in the brain, 0 to 1. By default it is drawn from `seed`: a level that shows a
@@ -103,17 +106,15 @@ def simulate_subject(
         modalities: names out of `SEQUENCES`, in the order wanted. An image does not depend on the others asked for.
 
     Raises:
-        ValueError: a size, height or modality that cannot be simulated.
+        ValueError: a seed, size, height or modality that cannot be simulated.
     """
-    modalities = tuple(modalities)
-    _check(size, modalities)
-    acquisition_seed = seed if acquisition_seed is None else acquisition_seed
-    anatomy, acquisition = _anatomy(seed, tumour), sample_acquisition(acquisition_seed)
-    seeds = (seed, acquisition_seed)
-    if height is not None and not 0 <= height <= 1:
+    modalities = _check(size, modalities)
+    seeds = _seeds(seed, acquisition_seed)
+    anatomy, acquisition = _anatomy(seeds[0], tumour), sample_acquisition(seeds[1])
+    if height is not None and not (isinstance(height, Real) and 0 <= height <= 1):
         raise ValueError(f"height is {height!r}; give the relative level of the slice, 0 (lowest) to 1 (highest).")
     drawn = height is None
-    height = _sample_height(anatomy, seed) if drawn else _round(height)
+    height = _sample_height(anatomy, seeds[0]) if drawn else _round(height)
     images, labels, tissues = _render(anatomy, acquisition, seeds, height, size, modalities)
     if drawn and tumour and not labels.any():  # the lesion's margin: take its middle
         height = _round(anatomy.relative_height(anatomy.lesions[0]["centre"][2]))
@@ -145,20 +146,18 @@ def simulate_volume(
         spacing: mm between two slices, 0.5 to 20.
 
     Raises:
-        ValueError: a spacing, size or modality that cannot be simulated.
+        ValueError: a seed, spacing, size or modality that cannot be simulated.
     """
-    modalities = tuple(modalities)
-    _check(size, modalities)
-    if not 0.5 <= spacing <= 20:
+    modalities = _check(size, modalities)
+    seeds = _seeds(seed, acquisition_seed)
+    if not (isinstance(spacing, Real) and 0.5 <= spacing <= 20):
         raise ValueError(f"spacing is {spacing!r}; give the mm between two slices, from 0.5 to 20.")
-    acquisition_seed = seed if acquisition_seed is None else acquisition_seed
-    anatomy, acquisition = _anatomy(seed, tumour), sample_acquisition(acquisition_seed)
+    anatomy, acquisition = _anatomy(seeds[0], tumour), sample_acquisition(seeds[1])
     step = spacing / (anatomy.top - anatomy.bottom)
     heights = np.array([_round(h) for h in np.arange(0.5 * step, 1, step)])
     images = np.empty((len(modalities), len(heights), size, size), dtype=np.float32)
     labels = np.empty((len(heights), size, size), dtype=np.uint8)
     for index, height in enumerate(heights):
-        seeds = (seed, acquisition_seed)
         images[:, index], labels[index], _ = _render(anatomy, acquisition, seeds, float(height), size, modalities)
     return SimulatedVolume(
         images,
@@ -167,7 +166,7 @@ def simulate_volume(
         modalities,
         heights,
         (spacing, anatomy.field_of_view / size, anatomy.field_of_view / size),
-        (seed, acquisition_seed),
+        seeds,
     )
 
 
@@ -180,12 +179,20 @@ def _round(height: float) -> float:
     return round(float(height) / _HEIGHT_STEP) * _HEIGHT_STEP
 
 
-def _entropy(seed: Seed) -> list[int]:
-    return [seed] if isinstance(seed, (int, np.integer)) else [len(seed), *seed]
+def _seeds(seed: Any, acquisition_seed: Any) -> tuple[Seed, Seed]:
+    """Both seeds, checked, as an integer or a tuple of integers each."""
+    checked = []
+    for name, value in (("seed", seed), ("acquisition_seed", seed if acquisition_seed is None else acquisition_seed)):
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not numbers or not all(isinstance(number, (int, np.integer)) and number >= 0 for number in numbers):
+            raise ValueError(f"{name} is {value!r}; give a whole number of at least 0, or several in a tuple.")
+        numbers = tuple(int(number) for number in numbers)
+        checked.append(numbers if isinstance(value, (list, tuple)) else numbers[0])
+    return tuple(checked)
 
 
 def _sample_height(anatomy: Anatomy, seed: Seed) -> float:
-    rng = np.random.default_rng(np.random.SeedSequence(_entropy(seed), spawn_key=(7,)))
+    rng = np.random.default_rng(np.random.SeedSequence(entropy(seed), spawn_key=(7,)))
     if not anatomy.lesions:
         return _round(rng.uniform(0.2, 0.9))
     lesion = anatomy.lesions[int(rng.integers(len(anatomy.lesions)))]
@@ -204,14 +211,16 @@ def _render(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Images, labels and tissues of one slice. The noise depends on the seeds and the height only."""
     tissues, textures, labels = anatomy.cut(height, size)
-    entropy = [*_entropy(seeds[0]), *_entropy(seeds[1]), round(height / _HEIGHT_STEP)]
-    images = image_slice(anatomy, acquisition, tissues, textures, height, modalities, np.random.default_rng(entropy))
+    noise = np.random.default_rng([*entropy(seeds[0]), *entropy(seeds[1]), round(height / _HEIGHT_STEP)])
+    images = image_slice(anatomy, acquisition, tissues, textures, height, modalities, noise)
     return images, labels, tissues
 
 
-def _check(size: int, modalities: tuple[str, ...]) -> None:
+def _check(size: int, modalities: Sequence[str]) -> tuple[str, ...]:
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 32 <= size <= 1024:
         raise ValueError(f"size is {size!r}; give a whole number of pixels from 32 to 1024, such as 64, 128 or 256.")
-    for name in check_modalities(modalities):
+    modalities = check_modalities(modalities)
+    for name in modalities:
         if name not in SEQUENCES:
             raise ValueError(f"{name!r} in modalities cannot be simulated; choose from {', '.join(SEQUENCES)}.")
+    return modalities

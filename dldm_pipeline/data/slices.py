@@ -30,6 +30,7 @@ which had neither `labels` nor the last four columns and is still read.
 import hashlib
 import io
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -200,7 +201,9 @@ def data_card(
 # {title}
 
 Modalities: {", ".join(modalities)}; {image_size}x{image_size} pixels, 16-bit, 0 to 65535 for [0, 1].
-Split by subject. Columns: see `dldm_pipeline/data/slices.py`, schema version {SCHEMA_VERSION}.
+Split by subject. `mask` is 255 in the whole tumour, null where it is unknown. `labels` is 1 in the necrotic core, 2 in oedema,
+3 in enhancing tumour and 0 elsewhere, null where the regions are unknown. All columns: `dldm_pipeline/data/slices.py`, schema
+version {SCHEMA_VERSION}.
 
 | split | subjects | slices |
 |---|---|---|
@@ -241,6 +244,8 @@ def _encode_row(row: dict[str, Any], modalities: tuple[str, ...], size: tuple[in
         size = image.shape if size is None else size
         if image.ndim != 2 or image.shape != size:
             raise ValueError(f"{where}: {name} has shape {image.shape}, not {size}; all slices must have one 2-D size.")
+        if name == MASK and image.dtype.kind == "f" and np.isnan(image).any():
+            raise ValueError(f"{where}: mask has values that are not numbers; give 0 and 1, or None if it is unknown.")
         if name == MASK:
             encoded[name] = _encode(np.where(image != 0, 255, 0).astype(np.uint8))
         elif name == LABELS:
@@ -255,15 +260,27 @@ def _encode_row(row: dict[str, Any], modalities: tuple[str, ...], size: tuple[in
         raise ValueError(f"{where}: none of {', '.join(modalities)} is there; leave such slices out.")
     encoded["source"] = row.get("source") or ""
     encoded["pixel_spacing"] = [float(step) for step in row.get("pixel_spacing") or (1.0, 1.0)]
-    encoded |= {name: row.get(name) for name in SIMULATED}
-    if encoded["factors"] is not None:
-        encoded["factors"] = json.dumps(encoded["factors"])
+    try:
+        for name in ("anatomy_seed", "acquisition_seed"):
+            seed = row.get(name)
+            seed = [seed] if isinstance(seed, (int, np.integer)) else seed
+            encoded[name] = None if seed is None else [operator.index(number) for number in seed]
+        encoded["height"] = None if row.get("height") is None else float(row["height"])
+        factors = row.get("factors")
+        encoded["factors"] = None if factors is None else json.dumps(dict(factors), allow_nan=False, default=float)
+    except (TypeError, ValueError) as error:
+        shown = {name: row.get(name) for name in SIMULATED if name != "factors"}
+        raise ValueError(
+            f"{where}: {shown} and factors must be whole numbers, a height and a dict: {error}."
+        ) from error
     return encoded
 
 
 def _mask_of_labels(row: dict[str, Any], where: str) -> np.ndarray:
     """The whole tumour of a row with labels, which must be 0 to 3 and agree with its mask if it has one."""
     labels, mask = np.asarray(row[LABELS]), row.get(MASK)
+    if labels.dtype == bool:
+        raise ValueError(f"{where}: labels is boolean, as a mask; give it as mask, or 1, 2 and 3 for the regions.")
     if not np.isin(labels, range(4)).all():
         raise ValueError(f"{where}: labels has values {np.unique(labels)[:9].tolist()}; they must be 0, 1, 2 or 3.")
     if mask is not None and not np.array_equal(np.asarray(mask) != 0, labels > 0):

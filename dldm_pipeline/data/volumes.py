@@ -12,7 +12,7 @@ What happens to a scan, in this order:
    constant value; otherwise the head is taken for the brain.
 4. Each volume is mapped to [0, 1] by one window: percentiles 0.5 and 99.8 of its own brain voxels, never per slice.
 5. A segmentation with two or more of the values 1, 2 and 3 gives regions (`labels`): necrotic core, oedema and enhancing
-   tumour. A 4 without a 3 is BraTS's older name of 3. One value alone, whichever, is a binary mask. Other values give a
+   tumour. A 4 without a 3 is BraTS's older name of 3. One value alone is a binary mask. Other values give a
    mask without regions, with a note; so do 3 and 4 together, of which BraTS has had several meanings, and the segments of
    a DICOM Segmentation, whose numbers mean nothing. The mask is where the value is above 0, of fractions above a half.
 6. Slices with tumour are kept; without a mask, those with at least 30 % of the largest slice's brain area.
@@ -105,7 +105,7 @@ def read_scan(
     if MASK in volumes:
         tumour, has_regions, note = _regions(np.asanyarray(volumes[MASK].dataobj), MASK in scan.series)
         if not tumour.any():
-            raise ValueError(f"{scan.files[MASK].name} holds no tumour: every voxel is 0")
+            raise ValueError(f"{scan.files[MASK].name} holds no tumour: no voxel is above 0.5")
         if note:
             notes.append(f"{scan.files[MASK].name} {note}: used as a mask without regions")
         volumes[MASK] = nib.Nifti1Image(tumour, volumes[MASK].affine)
@@ -126,6 +126,9 @@ def read_scan(
 
     areas = brain.sum(axis=(0, 1))
     if tumour is not None:
+        outside = np.count_nonzero((tumour > 0) & ~brain) / max(np.count_nonzero(tumour), 1)
+        if outside > 0.3:
+            notes.append(f"{outside:.0%} of {scan.files[MASK].name} lies outside the brain: is it aligned?")
         chosen = np.flatnonzero(tumour.any(axis=(0, 1)) & (areas > 0))
     else:
         notes.append(f"no mask: all slices with at least {MIN_BRAIN_AREA:.0%} of the largest slice's brain area")
@@ -276,14 +279,16 @@ def _regions(values: np.ndarray, is_dicom: bool) -> tuple[np.ndarray, bool, str]
 
     A scale factor in the file leaves whole numbers a little off. Of fractions, what is above a half is tumour.
     """
-    found = np.unique(values[values != 0])
+    found = np.unique(values[np.abs(values) > 1e-3])
     whole = np.rint(found)
     labels = np.rint(values)
     fits = set(whole) <= {1, 2, 3, 4} and not {3, 4} <= set(whole) and np.abs(found - whole).max(initial=0) < 1e-3
     if fits and not is_dicom and len(set(whole)) > 1:
         return np.where(labels == 4, 3, labels).astype(np.uint8), True, ""
     mask = (labels > 0).astype(np.uint8)
-    if len(found) < 2 or (fits and not is_dicom):
+    if len(found) == 1 and fits and whole[0] > 1 and not is_dicom:
+        return mask, False, f"has the one value {whole[0]:g}, which may be a region or the whole tumour"
+    if len(found) < 2:
         return mask, False, ""
     shown = ", ".join(f"{value:g}" for value in found[:6]) + (", ..." if len(found) > 6 else "")
     if is_dicom:
@@ -383,10 +388,16 @@ def read_scans(
         try:
             rows, notes = read_scan(scan, modalities, image_size, strict)
             has += (LABELS,) if rows[0][LABELS] is not None else ()
-        except ValueError as error:
+        except (
+            ValueError,
+            TypeError,
+            OverflowError,
+            MemoryError,
+        ) as error:  # of damaged headers and odd types of voxels
             if strict:
                 raise ValueError(f"{scan.source}: {error}.") from error
-            return ScanReport(scan.subject, scan.source, has, left_out=str(error)), []
+            odd = "" if isinstance(error, ValueError) else "a file is damaged or holds no plain numbers: "
+            return ScanReport(scan.subject, scan.source, has, left_out=f"{odd}{error}"), []
         return ScanReport(scan.subject, scan.source, has, len(rows), notes), rows
 
     with ThreadPoolExecutor(num_workers) as pool:

@@ -1,6 +1,8 @@
 """Data sets of simulated slices, at 32 pixels."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import datasets
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from dldm_pipeline.data import simulation
-from dldm_pipeline.data.simulated_slices import simulated_dataset, simulated_rows
+from dldm_pipeline.data.simulated_slices import map_in_order, simulated_dataset, simulated_rows
 from dldm_pipeline.data.simulation import simulate_subject
 
 OPTIONS = {"size": 32, "modalities": ["BB", "T1"]}
@@ -82,3 +84,23 @@ def test_the_folder_is_that_of_the_simulator(tmp_path: Path, monkeypatch: pytest
 def test_what_cannot_be_made_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(simulated_rows(**{"num_subjects": 1, **arguments}))
+
+
+def test_a_killed_worker_is_an_error() -> None:
+    with pytest.raises(OSError, match="num_workers is 2 and a worker was killed"):
+        list(map_in_order(_die, list(range(4)), 2))
+
+
+def _die(job: int) -> int:
+    if job == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+
+def test_fractions_that_look_alike_have_folders_of_their_own(tmp_path) -> None:
+    options = dict(size=32, modalities=("T1",), root=tmp_path, num_workers=1, show_progress=False)
+    folders = {simulated_dataset(3, tumour_free_fraction=fraction, **options) for fraction in (0.333333, 1 / 3)}
+    assert len(folders) == 2
+    broken = tmp_path / "simulated-v2-32-4-T1"
+    broken.mkdir()  # empty: nothing to read
+    assert simulated_dataset(4, **options).name == broken.name and list(broken.glob("data/*.parquet"))

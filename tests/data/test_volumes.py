@@ -13,6 +13,7 @@ from dldm_pipeline.data.scans import find_scans
 from dldm_pipeline.data.volumes import read_scan, read_scans
 
 SHAPE = (40, 48, 24)
+ONE_VALUE = "seg.nii.gz has the one value 4, which may be a region or the whole tumour: used as a mask without regions"
 RAS = np.diag([1.0, 1.0, 1.0, 1.0])
 
 
@@ -64,7 +65,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_are_tumour_slices_in_radiological_display(subject: Path) -> None:
     rows, notes = read(subject, ("T1", "T2", "FLAIR"))
-    assert [row["slice_index"] for row in rows] == list(range(8, 14)) and notes == ["lacks T2"]
+    assert [row["slice_index"] for row in rows] == list(range(8, 14)) and notes == ["lacks T2", ONE_VALUE]
     row = rows[3]
     image, mask = row["T1"], row["mask"]
     assert image.shape == mask.shape == (32, 32) and image.dtype == np.float32 and row["T2"] is None
@@ -116,7 +117,7 @@ def test_without_a_mask_the_brain_slices(tmp_path: Path) -> None:
     save(tmp_path / "t1.nii", make_brain()[..., None])  # a trailing axis of one is dropped
     rows, notes = read(tmp_path)
     assert 12 <= len(rows) <= 22 and all(row["mask"] is None for row in rows)
-    assert notes[0] == "lacks FLAIR" and "no mask: all slices" in notes[1]
+    assert notes[0] == "lacks FLAIR" and "no mask: all slices" in " ".join(notes)
 
 
 def test_one_window_per_volume(tmp_path: Path) -> None:
@@ -154,13 +155,13 @@ def test_another_grid_is_resampled_or_refused(tmp_path: Path) -> None:
 
     save(tmp_path / "seg.nii.gz", make_mask()[:, :, ::2], np.diag([1.0, 1, 2, 1]))
     rows, notes = read(tmp_path, names)
-    assert "seg.nii.gz has shape (40, 48, 12)" in notes[1]
+    assert "seg.nii.gz has shape (40, 48, 12)" in " ".join(notes)
     assert len(rows) == 6, "the mask is not widened by interpolation"
 
     moved = RAS.copy()
     moved[0, 3] = 1.5
     save(path, make_brain(), moved)
-    assert "flair.nii.gz has another affine" in read(tmp_path)[1][0]
+    assert "flair.nii.gz has another affine" in " ".join(read(tmp_path)[1])
     with pytest.raises(ValueError, match="has another affine"):
         read(tmp_path, strict=True)
     moved[0, 3] = 500
@@ -290,6 +291,17 @@ def test_no_value_comes_up_between_labels(
     rows, _ = read_scan(scan, ["T1"], size)
     assert {int(v) for row in rows for v in np.unique(row["labels"])} - {0} == {min(value, 3) for value in values}
     assert all(np.array_equal(row["labels"] > 0, row["mask"]) for row in rows)
+
+
+def test_odd_segmentations_cost_only_their_subject_or_are_noted(tmp_path: Path) -> None:
+    for name in ("p0", "p1", "p2"):
+        make_subject(tmp_path / name)
+    colours = np.zeros(SHAPE, np.dtype([(c, "u1") for c in "RGB"]))
+    save(tmp_path / "p1" / "seg.nii.gz", colours)
+    save(tmp_path / "p2" / "seg.nii.gz", np.roll(make_mask(), -22, axis=0))  # partly beside the brain
+    (_, good), (left_out, rows), (moved, _) = read_scans(find_scans(tmp_path), ["T1"], 32)
+    assert len(good) == 6 and not rows and "a file is damaged or holds no plain numbers" in left_out.left_out
+    assert any("of seg.nii.gz lies outside the brain" in note for note in moved.notes)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -46,7 +46,7 @@ def test_scans_to_data_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         assert "| p4 | T1 FLAIR mask | 4 | lacks T2 |" in text
     assert "warning: p5 left out: seg.nii.gz" in printed and "warning: p4: lacks T2" in printed
     assert "3 subjects have regions, taken for BraTS's: 1 necrotic core, 2 oedema, 3 enhancing tumour" in printed
-    assert printed.count("2 subjects have a binary mask: no regions") == 1
+    assert printed.count("2 subjects have a mask without regions") == 1
     assert "| p0   | T1 T2 mask labels |      4 |" in printed
     assert "train: 16 slices of 4 subjects" in printed and "validation: 4 slices of 1 subjects" in printed
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["README.md", "contact_sheet.png", "data"]
@@ -134,5 +134,5 @@ def test_bad_arguments(tmp_path: Path, refused) -> None:
     check("cannot write", scans, out="full/mine.txt/out")
     check(f"{bad}: no subject can be used. p0: seg.nii.gz holds no tumour", bad)
     check("p1: t2.nii.gz cannot be read", bad)
-    check("p0: seg.nii.gz holds no tumour: every voxel is 0.", bad, "--strict")
+    check("p0: seg.nii.gz holds no tumour: no voxel is above 0.5.", bad, "--strict")
     assert sorted(path for path in tmp_path.rglob("*")) == there

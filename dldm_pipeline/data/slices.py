@@ -58,14 +58,7 @@ _COMPRESS_LEVEL = 1  # zlib: level 1 writes 16-bit slices several times faster t
 
 
 def slice_features(modalities: Sequence[str]) -> datasets.Features:
-    """The schema of a slice table as `datasets.Features`.
-
-    Args:
-        modalities (`Sequence[str]`): Modality names in order.
-
-    Returns:
-        `datasets.Features`: The columns listed in the module's docstring, in that order.
-    """
+    """The schema of a slice table with these modalities: the columns of the module's docstring, in that order."""
     modalities = check_modalities(modalities)
     return datasets.Features(
         {
@@ -86,9 +79,7 @@ def slice_features(modalities: Sequence[str]) -> datasets.Features:
 
 
 def split_subjects(subjects: Iterable[str], val_fraction: float = 0.2, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Divide subjects into training and validation.
-
-    The choice depends on the set of names and the seed only, not on their order.
+    """Divide subjects into training and validation; the choice depends on the set of names and the seed only.
 
     Args:
         subjects (`Iterable[str]`): Subject names; repetitions are ignored.

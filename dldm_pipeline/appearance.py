@@ -37,50 +37,6 @@ def random_partners(groups: torch.Tensor, probability: float) -> torch.Tensor:
     return torch.where(exchanged, chosen, own)
 
 
-class StructureAgreement(torch.nn.Module):
-    """Distance of two structures of one anatomy, in units of what structures of different anatomies differ by.
-
-    An appearance needs little room: a shift of all places by a hundredth of their deviation tells it, and an error relative to
-    the deviation of each channel hardly sees that. So the distance is that of Mahalanobis, with a running covariance of
-    whole structures: it weighs most where anatomies differ least.
-
-    Args:
-        size: numbers of a structure, c_s * h * w.
-    """
-
-    RATE = 0.005  # of a batch in the running mean and covariance
-    RIDGE = 0.03  # added to all variances, relative to their mean
-    INTERVAL = 20  # calls between two decompositions of the covariance
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("covariance", torch.zeros(size, size))
-        self.register_buffer("whitening", torch.zeros(size, size))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-
-    @torch.no_grad()
-    def _measure(self, structures: torch.Tensor) -> None:
-        if self.calls == 0:
-            self.mean.copy_(structures.mean(dim=0))
-            self.covariance.copy_((structures - self.mean).square().mean() * torch.eye(len(self.mean)))
-        self.mean.lerp_(structures.mean(dim=0), self.RATE)
-        centred = structures - self.mean
-        self.covariance.lerp_(centred.T @ centred / len(centred), self.RATE)
-        if self.calls % self.INTERVAL == 0:
-            ridge = self.RIDGE * self.covariance.diagonal().mean()
-            factor = torch.linalg.cholesky(self.covariance + ridge * torch.eye(len(self.mean), device=ridge.device))
-            identity = torch.eye(len(self.mean), device=ridge.device)
-            self.whitening.copy_(torch.linalg.solve_triangular(factor, identity, upper=False))
-        self.calls += 1
-
-    def forward(self, structures: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
-        """Mean squared whitened difference of structures (B, c_s, h, w) from goals, a scalar; no gradient to the goals."""
-        goals = goals.detach().flatten(1).float()
-        self._measure(goals)
-        return ((structures.flatten(1).float() - goals) @ self.whitening.T).square().mean()
-
-
 class AcquisitionSampler(torch.utils.data.Sampler):
     """Batches of rows in which anatomies share acquisitions: pairs of anatomies with all their rows, in random order.
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from dldm_pipeline import DisentangledAutoencoder
-from dldm_pipeline.appearance import StructureAgreement, two_appearances
+from dldm_pipeline.appearance import two_appearances
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.encoding import encode_exchanged, measure_latents, measure_noise, validate_autoencoder
 from dldm_pipeline.hub import write_model_card, write_pretrained
@@ -50,8 +50,6 @@ class DisentangledLoss(torch.nn.Module):
     def __init__(self, autoencoder: DisentangledAutoencoder, args: AutoencoderArgs):
         super().__init__()
         self.autoencoder, self.args = autoencoder, args
-        structure_size = autoencoder.config.structure_channels * autoencoder.latent_size**2
-        self.agreement = StructureAgreement(structure_size)
         self.errors: torch.Tensor | None = None  # running squared error of each modality
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -82,7 +80,7 @@ class DisentangledLoss(torch.nn.Module):
         return terms | {
             "mask": mask_loss(output.regions, *nested_regions(batch, self.autoencoder.config.num_regions)),
             # A subset's structure is that of all modalities, and two images of one anatomy have one structure.
-            "agreement": ((subset_mode - goal) ** 2 / variance).mean() + self.agreement(mode[twin], mode),
+            "agreement": (((subset_mode - goal) ** 2 + (mode[twin] - goal) ** 2) / variance).mean(),
             "kl": full.structure_dist.kl().mean() / mode[0].numel()
             + full.style_dist.kl().mean() / styles[0, 0].numel(),
         }

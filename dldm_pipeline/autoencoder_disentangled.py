@@ -85,6 +85,26 @@ class StyleDistribution(DiagonalGaussianDistribution):
         return super().mode()[:, :, 0, 0].unflatten(0, (-1, self._num_modalities))
 
 
+def intensity_quantiles(images: torch.Tensor, number: int) -> torch.Tensor:
+    """Evenly spaced quantiles of what is above 0 in images (N, H, W), from the smallest to the largest: (N, number)."""
+    values = images.flatten(1).sort(dim=1).values
+    count = (values > 0).sum(dim=1, keepdim=True)
+    last = values.shape[1] - 1
+    place = last - (count - 1).clamp(min=0) * torch.linspace(1, 0, number, device=images.device)
+    below = place.floor().long()
+    low, high = values.gather(1, below), values.gather(1, (below + 1).clamp(max=last))
+    return low + (place - below) * (high - low)
+
+
+def equalize(images: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
+    """Images (N, H, W) with every intensity replaced by its rank, 0 to 1, from `intensity_quantiles` (N, k); 0 stays 0."""
+    values = images.flatten(1)
+    place = torch.searchsorted(quantiles[:, 1:-1].contiguous(), values)
+    low, high = quantiles.gather(1, place), quantiles.gather(1, place + 1)
+    rank = place + ((values - low) / (high - low).clamp(min=1e-4)).clamp(0, 1)
+    return torch.where(values > 0, rank / (quantiles.shape[1] - 1), 0).view_as(images)
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block; `condition` (N, d, 1, 1) shifts and scales it (FiLM, Perez et al. 2018)."""
 
@@ -157,6 +177,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         decoder_blocks: int = 2,
         head_channels: int = 64,
         num_regions: int = 1,
+        num_quantiles: int = 0,
         structure_shift: list[float] | None = None,
         structure_scale: list[float] | None = None,
         style_shift: list[float] | None = None,
@@ -202,6 +223,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         # linear map can do.
         self.encoder_linear = nn.Conv2d(n * ratio**2, structure_channels, 1)
         self.structure_out = nn.Sequential(nn.GroupNorm(8, e1), nn.SiLU(), nn.Conv2d(e1, 2 * structure_channels, 1))
+        self.quantiles_in = nn.Conv2d(num_quantiles, e1, 1) if num_quantiles else None
         self.style_out = nn.Sequential(nn.Conv2d(e1, e1, 1), nn.SiLU(), nn.Conv2d(e1, 2 * style_channels, 1))
 
         self.decoder_in = nn.Conv2d(structure_channels, d1, 3, padding=1)
@@ -306,15 +328,22 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         batch = images.shape[0]
         # The module is called, not its weight read, because the hooks of offloading act on calls.
         condition = self.modality_embedding(torch.arange(n, device=images.device)).repeat(batch, 1)[:, :, None, None]
-        h = F.pixel_unshuffle(images.reshape(batch * n, 1, size, size), self.config.patch_size)
+        seen = images
+        if self.config.num_quantiles:
+            quantiles = intensity_quantiles(images.flatten(0, 1), self.config.num_quantiles)
+            seen = equalize(images.flatten(0, 1), quantiles).view_as(images)
+        h = F.pixel_unshuffle(seen.reshape(batch * n, 1, size, size), self.config.patch_size)
         h = self._run(self.encoder_grids[0], self.encoder_in(h), condition)
         for down, blocks in zip(self.encoder_down, self.encoder_grids[1:], strict=True):
             h = self._run(blocks, down(F.pixel_unshuffle(h, 2)), condition)
 
-        style_dist = StyleDistribution(self.style_out(h.mean(dim=(2, 3), keepdim=True)), n)
+        pooled = h.mean(dim=(2, 3), keepdim=True)
+        if self.config.num_quantiles:
+            pooled = pooled + self.quantiles_in(4 * quantiles[:, :, None, None].to(h.dtype))
+        style_dist = StyleDistribution(self.style_out(pooled), n)
         features = h.unflatten(0, (batch, n))
         # Scaled to about zero mean and unit standard deviation.
-        blocks = F.pixel_unshuffle(4 * images - 1, self.spatial_compression_ratio).unflatten(1, (n, -1))
+        blocks = F.pixel_unshuffle(4 * seen - 1, self.spatial_compression_ratio).unflatten(1, (n, -1))
         weight = self.fusion_weight(h).unflatten(0, (batch, n))
         outputs = []
         for present in presents:

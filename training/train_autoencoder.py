@@ -139,7 +139,7 @@ def build_autoencoder(args: AutoencoderArgs, modalities: Sequence[str]) -> Disen
     widths = ("patch_size", "structure_channels", "style_channels", "encoder_channels", "encoder_blocks")
     widths += ("decoder_channels", "decoder_blocks", "head_channels")
     options = {name: getattr(args, name) for name in widths}
-    return DisentangledAutoencoder(list(modalities), args.resolution, num_regions=3, **options)
+    return DisentangledAutoencoder(list(modalities), args.resolution, num_regions=3, num_quantiles=33, **options)
 
 
 def main(argv: list[str] | None = None) -> None:

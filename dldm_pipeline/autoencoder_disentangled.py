@@ -67,12 +67,7 @@ class DisentangledDecoderOutput(BaseOutput):
 
 
 class StyleDistribution(DiagonalGaussianDistribution):
-    """A diagonal Gaussian over style vectors; samples and mode have the shape (B, n, c_t).
-
-    Args:
-        parameters: (B * n, 2 * c_t, 1, 1).
-        num_modalities: n.
-    """
+    """A diagonal Gaussian over style vectors, from parameters (B * n, 2 * c_t, 1, 1); samples and mode are (B, n, c_t)."""
 
     def __init__(self, parameters: torch.Tensor, num_modalities: int):
         super().__init__(parameters)
@@ -86,8 +81,8 @@ class StyleDistribution(DiagonalGaussianDistribution):
 
 
 def intensity_quantiles(images: torch.Tensor, number: int) -> torch.Tensor:
-    """Evenly spaced quantiles of what is above 0 in images (N, H, W), from the smallest to the largest: (N, number)."""
-    values = images.flatten(1).sort(dim=1).values
+    """Evenly spaced quantiles of what is above 0 in images (N, H, W), smallest first: (N, number) float32."""
+    values = images.flatten(1).float().sort(dim=1).values
     count = (values > 0).sum(dim=1, keepdim=True)
     last = values.shape[1] - 1
     place = last - (count - 1).clamp(min=0) * torch.linspace(1, 0, number, device=images.device)
@@ -98,11 +93,11 @@ def intensity_quantiles(images: torch.Tensor, number: int) -> torch.Tensor:
 
 def equalize(images: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
     """Images (N, H, W) with every intensity replaced by its rank, 0 to 1, from `intensity_quantiles` (N, k); 0 stays 0."""
-    values = images.flatten(1)
+    values = images.flatten(1).float()
     place = torch.searchsorted(quantiles[:, 1:-1].contiguous(), values)
     low, high = quantiles.gather(1, place), quantiles.gather(1, place + 1)
     rank = place + ((values - low) / (high - low).clamp(min=1e-4)).clamp(0, 1)
-    return torch.where(values > 0, rank / (quantiles.shape[1] - 1), 0).view_as(images)
+    return torch.where(values > 0, rank / (quantiles.shape[1] - 1), 0).view_as(images).to(images.dtype)
 
 
 class ResBlock(nn.Module):
@@ -149,6 +144,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         encoder_blocks, decoder_blocks: residual blocks on each level, of the encoder and of the decoder's trunk.
         head_channels: width of the part that runs once for each image.
         num_regions: 3 decodes the regions of the tumour, 1 the whole tumour only.
+        num_quantiles: how many quantiles describe an image's intensities. The structure then sees their ranks only, which a
+            scanner's brightness, window and intensity curve do not change, and the style gets the quantiles. With 0, as in
+            older models, both see the images as they are.
         structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
             over the whole training set at the end of training; None until then.
         style_shift, style_scale: c_t values, likewise.
@@ -186,12 +184,9 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.gradient_checkpointing = False
-        if (
-            not isinstance(modalities, (list, tuple))
-            or not modalities
-            or not all(isinstance(name, str) and name.strip() for name in modalities)
-            or len(set(modalities)) < len(modalities)
-        ):
+        is_list = isinstance(modalities, (list, tuple)) and len(modalities) > 0
+        named = is_list and all(isinstance(name, str) and name.strip() for name in modalities)
+        if not named or len(set(modalities)) < len(modalities):
             raise ValueError(f"`modalities` must be a non-empty list of different names, got {modalities!r}.")
         if num_regions not in (1, 3):
             raise ValueError(f"`num_regions` must be 1 or 3, got {num_regions!r}.")
@@ -239,13 +234,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         self.head_out = nn.Sequential(
             nn.GroupNorm(8, head_channels), nn.SiLU(), nn.Conv2d(head_channels, patch_channels, 3, padding=1)
         )
-        self.mask_out = nn.Sequential(
-            nn.GroupNorm(8, d0),
-            nn.SiLU(),
-            nn.Conv2d(d0, d0, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(d0, num_regions * patch_channels, 3, padding=1),
-        )
+        mask_convs = nn.Conv2d(d0, d0, 3, padding=1), nn.Conv2d(d0, num_regions * patch_channels, 3, padding=1)
+        self.mask_out = nn.Sequential(nn.GroupNorm(8, d0), nn.SiLU(), mask_convs[0], nn.SiLU(), mask_convs[1])
         self.foreground_out = nn.Sequential(nn.GroupNorm(8, d0), nn.SiLU(), nn.Conv2d(d0, patch_channels, 3, padding=1))
 
         # How the mean structure of each modality alone differs from that of all of them, over the training set.
@@ -294,7 +284,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
     def encode(
         self, images: torch.Tensor, present: torch.Tensor | None = None, return_dict: bool = True
     ) -> DisentangledEncoderOutput | tuple:
-        """Encodes subjects of which any non-empty subset of modalities is present.
+        """Encodes subjects of which any non-empty subset of modalities is present; a ValueError if none is.
 
         Args:
             images: (B, n, H, W) in [0, 1]; what stands in place of a missing modality does not matter.
@@ -303,9 +293,6 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
 
         Returns:
             [`DisentangledEncoderOutput`]. Styles are given for every modality; that of a missing one means nothing.
-
-        Raises:
-            ValueError: on a wrong shape, or a subject of which nothing is present.
         """
         output = self.encode_subsets(images, [present])[0]
         return output if return_dict else (output.structure_dist, output.style_dist)
@@ -326,7 +313,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
                 f"got {tuple(images.shape)}."
             )
         batch = images.shape[0]
-        # The module is called, not its weight read, because the hooks of offloading act on calls.
+        # The module is called, because the hooks of offloading act on calls.
         condition = self.modality_embedding(torch.arange(n, device=images.device)).repeat(batch, 1)[:, :, None, None]
         seen = images
         if self.config.num_quantiles:
@@ -426,16 +413,15 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         sample = F.pixel_shuffle(self.head_out(h), self.config.patch_size)
         sample = sample + F.pixel_shuffle(linear.flatten(0, 1), self.spatial_compression_ratio)
         sample = sample.reshape(batch, k, *regions.shape[2:]) * foreground.sigmoid()
-        if not return_dict:
-            return sample, regions, foreground[:, 0]
-        return DisentangledDecoderOutput(sample=sample, regions=regions, foreground=foreground[:, 0])
+        output = DisentangledDecoderOutput(sample=sample, regions=regions, foreground=foreground[:, 0])
+        return output if return_dict else (output.sample, output.regions, output.foreground)
 
     def forward(
         self, images: torch.Tensor, present: torch.Tensor | None = None, return_dict: bool = True
     ) -> DisentangledDecoderOutput | tuple:
         """Rebuilds every modality and the mask from the posterior modes; shapes as in `encode` and `decode`."""
-        posterior = self.encode(images, present)
-        return self.decode(posterior.structure_dist.mode(), posterior.style_dist.mode(), return_dict=return_dict)
+        structure, style = (posterior.mode() for posterior in self.encode(images, present, return_dict=False))
+        return self.decode(structure, style, return_dict)
 
     def normalize_structure(self, z: torch.Tensor) -> torch.Tensor:
         """Structure (B, c_s, h, w) to the scale of the diffusion model: zero mean and unit standard deviation a channel."""

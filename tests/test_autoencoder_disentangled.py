@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dldm_pipeline import DisentangledAutoencoder
+from dldm_pipeline.autoencoder_disentangled import equalize, intensity_quantiles
 
 MODALITIES = ["T1", "T1CE", "FLAIR"]
 
@@ -167,3 +168,35 @@ def test_bad_input():
     for z_struct, z_style, name in (((2, 5, 4, 4), (2, 3, 3), "z_struct"), ((2, 4, 4, 4), (2, 3, 4), "z_style")):
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             model.decode(torch.randn(z_struct), torch.randn(z_style))
+
+
+@torch.no_grad()
+def test_a_structure_from_ranks_does_not_see_an_intensity_curve():
+    torch.manual_seed(0)
+    options = dict(encoder_channels=(8, 16), decoder_channels=(16, 8), head_channels=8, structure_channels=4)
+    model = DisentangledAutoencoder(["T1", "T2"], 32, num_quantiles=17, **options).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images = torch.rand(3, 2, 32, 32).clamp(min=0.05)
+    images[:, :, :10] = 0
+    curved = (0.6 * images**1.5).clamp(max=1)
+    one, other = (model.encode(x) for x in (images, curved))
+    structures = [posterior.structure_dist.mode() for posterior in (one, other)]
+    difference = (structures[0] - structures[1]).abs().mean() / structures[0].std()
+    assert difference < 0.02
+    assert ((one.style_dist.mode() - other.style_dist.mode()).abs().mean(dim=2) > 0.05).all()
+    # An image that is missing or constant has no ranks to speak of, and still a code.
+    flat = images * torch.tensor([1.0, 0.0])[:, None, None]
+    flat[0, 0][flat[0, 0] > 0] = 0.5
+    assert model.encode(flat).structure_dist.mode().isfinite().all()
+    half = model.to(torch.bfloat16).encode(images.to(torch.bfloat16)).structure_dist.mode()
+    assert half.dtype == torch.bfloat16 and half.isfinite().all()
+
+
+def test_quantiles_and_ranks():
+    images = torch.tensor([[[0.0, 0.0, 0.2], [0.4, 0.6, 0.8]], [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    quantiles = intensity_quantiles(images, 4)
+    torch.testing.assert_close(quantiles, torch.tensor([[0.2, 0.4, 0.6, 0.8], [0.0, 0.0, 0.0, 0.0]]))
+    ranks = equalize(images, quantiles)
+    torch.testing.assert_close(ranks[0], torch.tensor([[0.0, 0.0, 0.0], [1 / 3, 2 / 3, 1.0]]))
+    assert not ranks[1].any()

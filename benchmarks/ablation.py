@@ -86,7 +86,7 @@ def regrouped(anatomy: bool, acquisition: bool) -> Callable:
 
 def without_linear_maps(args: AutoencoderArgs, modalities: list[str]) -> DisentangledAutoencoder:
     """The autoencoder with its linear maps left at zero, where they start."""
-    model = DisentangledAutoencoder.from_config(BUILD(args, modalities).config)
+    model = BUILD(args, modalities)
     for part in (model.encoder_linear, model.decoder_linear):
         part.requires_grad_(False)
     return model

@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from dldm_pipeline.appearance import AcquisitionSampler
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
 from dldm_pipeline.data.phantom import phantom_dataset
-from dldm_pipeline.data.simulated_slices import simulated_dataset
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.encoding import validate_autoencoder
 from dldm_pipeline.modalities import DEFAULT_MODALITIES
@@ -113,23 +112,24 @@ def log_image(accelerator: Accelerator, name: str, image: Any, step: int) -> Non
 
 
 def find_dataset(
-    accelerator: Accelerator, args: TrainingArgs, size: int, modalities: Sequence[str] | None, acquisitions: int = 0
+    accelerator: Accelerator, args: TrainingArgs, size: int, modalities: Sequence[str] | None
 ) -> str | Path:
     """The data set of `--dataset`, or the folder of simulated subjects, made by the main process first.
 
     Args:
         size: height and width of simulated slices, pixels.
         modalities: what to simulate; the five defaults for `None`.
-        acquisitions: in how many each subject is seen; 0 takes the phantoms that the bundled pipeline was trained on.
     """
     if args.dataset is not None:
         return args.dataset
-    options = {"root": args.cache_dir, "show_progress": accelerator.is_main_process}
     with accelerator.main_process_first():
-        if acquisitions:
-            options |= {"acquisitions": acquisitions}
-            return simulated_dataset(args.phantom_subjects, size, modalities or DEFAULT_MODALITIES, **options)
-        return phantom_dataset(args.phantom_subjects, size, modalities or DEFAULT_MODALITIES, **options)
+        return phantom_dataset(
+            args.phantom_subjects,
+            size,
+            modalities or DEFAULT_MODALITIES,
+            root=args.cache_dir,
+            show_progress=accelerator.is_main_process,
+        )
 
 
 def open_split(data: str | Path, split: str, size: int, modalities: Sequence[str] | None = None) -> SliceDataset:

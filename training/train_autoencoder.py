@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(AutoencoderArgs, __doc__, PRESETS, argv)
     accelerator = make_accelerator(args, "dldm-autoencoder")
     output_dir, workers = Path(args.output_dir), args.dataloader_num_workers
-    data = find_dataset(accelerator, args, args.resolution, args.modalities, acquisitions=2)
+    data = find_dataset(accelerator, args, args.resolution, args.modalities)
     train_set = open_split(data, "train", args.resolution, args.modalities)
     validation_set = open_split(data, "validation", args.resolution, args.modalities)
     model = build_autoencoder(args, train_set.modalities)

@@ -52,6 +52,7 @@ SMALLER = {
     "benchmarks/paper_preset.py": "--help",  # a minute and 2 GiB
     "benchmarks/comparison.py": "--help",  # hours
     "benchmarks/simulation.py": "--help",  # minutes
+    "benchmarks/ablation.py": "--help",  # hours
     "--pipeline outputs/comparison/dldm": "--help",  # of a pipeline that takes hours
     "--config autoencoder_paper": "--help",  # as the benchmark of the paper's preset
     "--config ldm_paper": "--help",

@@ -72,7 +72,7 @@ def test_is_the_generating_pipeline_on_the_encoded_structure(pipe):
     close(output.structure, encode(pipe, images)[0])
     options = {"modalities": ["T2"], "structure": output.structure, "num_style_inference_steps": 2}
     expected = silent(DLDMPipeline.from_pipe(pipe))(3, **options, generator=seeded(), output_type="np")
-    images, masks, structure, styles, names = call(pipe, images, return_dict=False)
+    images, masks, structure, styles, names, labels = call(pipe, images, return_dict=False)
     assert np.array_equal(images, expected.images) and np.array_equal(masks, expected.masks) and names == ["T2"]
     assert torch.equal(structure, output.structure) and torch.equal(styles, expected.styles)
 

@@ -60,8 +60,8 @@ def test_an_exchange_counts_what_the_style_brings():
 
 def test_probes_find_the_appearance_where_it_is():
     leaking, clean = (exchange.appearance_probes(Renderer(leak), 60, 30) for leak in (True, False))
-    assert min(clean["style"]["white"].values()) > 0.7
-    assert min(leaking["structure"]["white"].values()) > 0.7
+    assert min(clean["style"]["white"].values()) > 0.4
+    assert min(leaking["structure"]["white"].values()) > 0.4
     assert max(clean["structure"]["white"].values()) < min(leaking["structure"]["white"].values()) - 0.2
     both = [clean["style"][tissue][name] for tissue in ("white", "grey") for name in NAMES]
     assert clean["style_white_grey_min"] == min(both) and clean["style_csf_min"] == min(clean["style"]["csf"].values())

@@ -163,7 +163,7 @@ def test_costs_show_a_style_that_carries_the_subject_and_a_structure_that_needs_
             value = z_struct[:, 0].mean(dim=(1, 2))[:, None] + z_style[:, :, 0]
             mask = torch.from_numpy(encoded.masks[: len(z_struct)]).float() - 0.5
             sample = value[:, :, None, None].expand(-1, -1, 32, 32)
-            return DisentangledDecoderOutput(sample=sample, mask=mask, foreground=mask)
+            return DisentangledDecoderOutput(sample=sample, regions=mask[:, None], foreground=mask)
 
     clean = evaluate_reconstruction(Renderer(), encoded)
     assert clean["psnr_mean"] == pytest.approx(40.0, abs=0.01) and clean["mask_dice"] == 1.0

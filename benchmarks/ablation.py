@@ -15,6 +15,7 @@ go to training/train_autoencoder.py, the same ones to every row.
 | no subsets        | the structure always from all modalities, hence no agreement either                             |
 | no mse, ...       | without this term of the loss                                                                   |
 | no linear maps    | without the linear maps beside encoder and decoder                                              |
+| no ranks          | the structure from the images as they are, not from ranks of their intensities                  |
 | AdamW             | instead of Muon                                                                                 |
 | perceptual        | with the perceptual term of the decoder's training from the start, all modalities decoded       |
 
@@ -72,13 +73,13 @@ COLUMNS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def regrouped(anatomy: bool, acquisition: bool) -> Callable:
+def regrouped(one_acquisition: bool) -> Callable:
     """`encode_exchanged` with each row an anatomy of its own, and all of one acquisition or each of its own."""
     encode = training.encode_exchanged
 
     def encode_regrouped(autoencoder, batch: dict[str, torch.Tensor], subset_probability: float) -> tuple:
         own = torch.arange(len(batch["images"]), device=batch["images"].device)
-        groups = {"anatomy": own, "acquisition": own * 0 if acquisition else own}
+        groups = {"anatomy": own, "acquisition": own * 0 if one_acquisition else own}
         return encode(autoencoder, batch | groups, subset_probability)
 
     return encode_regrouped
@@ -90,6 +91,11 @@ def without_linear_maps(args: AutoencoderArgs, modalities: list[str]) -> Disenta
     for part in (model.encoder_linear, model.decoder_linear):
         part.requires_grad_(False)
     return model
+
+
+def without_ranks(args: AutoencoderArgs, modalities: list[str]) -> DisentangledAutoencoder:
+    """The autoencoder whose structure sees the images as they are."""
+    return DisentangledAutoencoder.from_config(BUILD(args, modalities).config, num_quantiles=0)
 
 
 def with_perceptual_term(data: str, modalities: list[str]) -> Callable:
@@ -114,12 +120,13 @@ def changes(row: str, data: str, modalities: list[str]) -> tuple[list[str], list
         return [], [(training, "WEIGHTS", training.WEIGHTS | {row[3:]: 0.0})]
     return {
         "as it is": lambda: ([], []),
-        "paper's mixing": lambda: ([], [(training, "encode_exchanged", regrouped(True, True))]),
-        "no exchange": lambda: ([], [(training, "encode_exchanged", regrouped(True, False))]),
+        "paper's mixing": lambda: ([], [(training, "encode_exchanged", regrouped(True))]),
+        "no exchange": lambda: ([], [(training, "encode_exchanged", regrouped(False))]),
         "all modalities": lambda: (["--target_modalities=99"], []),
         "no subsets": lambda: (["--subset_probability=0"], []),
         "no spectrum": lambda: (["--spectrum_weight=0"], []),
         "no linear maps": lambda: ([], [(training, "build_autoencoder", without_linear_maps)]),
+        "no ranks": lambda: ([], [(training, "build_autoencoder", without_ranks)]),
         "AdamW": lambda: (["--learning_rate=2e-3"], [(training_utils, "MuonAdamW", adamw)]),
         "perceptual": lambda: (
             ["--target_modalities=99"],
@@ -132,7 +139,7 @@ def changes(row: str, data: str, modalities: list[str]) -> tuple[list[str], list
 
 
 ROWS = ("as it is", "paper's mixing", "no exchange", "all modalities", "no subsets", "no mse", "no edge", "no spectrum")
-ROWS += ("no agreement", "no linear maps", "AdamW", "perceptual")
+ROWS += ("no agreement", "no linear maps", "no ranks", "AdamW", "perceptual")
 
 
 def adamw(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:

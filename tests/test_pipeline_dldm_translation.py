@@ -142,7 +142,7 @@ def test_styles_of_a_reference_subject(pipe):
     close(output.styles[:, 2], encode(pipe, images)[1][:, 0])  # not in the reference, but given
     sampled = call(pipe, images)
     assert torch.equal(output.structure, sampled.structure)
-    close(output.by_modality["WB"], sampled.by_modality["WB"])  # in neither: sampled as before
+    close(output.by_modality["WB"], sampled.by_modality["WB"])  # in neither: sampled
     assert not np.allclose(output.by_modality["T2"], sampled.by_modality["T2"])
     # one reference each, and a given modality in the style of a reference
     references = make_images(3, ["T1"], seed=2)

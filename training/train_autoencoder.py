@@ -32,6 +32,7 @@ from dldm_pipeline.training_utils import (
 )
 
 PRESETS = Path(__file__).parent / "configs"
+QUANTILES = 33  # of an image's intensities, that its style sees
 NOISE_SUBJECTS = 1024  # real ones whose noise is measured
 WEIGHTS = {
     "l1": 1.0,
@@ -139,7 +140,8 @@ def build_autoencoder(args: AutoencoderArgs, modalities: Sequence[str]) -> Disen
     widths = ("patch_size", "structure_channels", "style_channels", "encoder_channels", "encoder_blocks")
     widths += ("decoder_channels", "decoder_blocks", "head_channels")
     options = {name: getattr(args, name) for name in widths}
-    return DisentangledAutoencoder(list(modalities), args.resolution, num_regions=3, num_quantiles=33, **options)
+    options |= {"num_regions": 3, "num_quantiles": QUANTILES}
+    return DisentangledAutoencoder(modalities=list(modalities), sample_size=args.resolution, **options)
 
 
 def main(argv: list[str] | None = None) -> None:

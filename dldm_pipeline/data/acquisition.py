@@ -135,7 +135,7 @@ def sample_acquisition(seed: int | tuple[int, ...]) -> Acquisition:
         bottom = np.clip(window["bottom"][0] + window["bottom"][1] * dark, 0.0, 0.95)
         top = np.exp(window["top"][0] + window["top"][1] * wide)
         exponent = np.exp(window["curve"][0] + window["curve"][1] * bent)
-        low = bottom * min(signals[name][tissue] for tissue in ("white", "grey", "csf"))
+        low = bottom * min(signals[name][tissue] for tissue in _HEALTHY)
         high = top * max(signals[name][tissue] for tissue in window["under"])
         windows[name] = (low, high, float(exponent))
         noise[name] = float(base_noise * np.exp(rng.normal(0, 0.3)))

@@ -300,8 +300,8 @@ class Anatomy:
         sampled[:, near] = interpolate(self.maps, voxels[:, near]).T
         fluid, matter, depth, away = sampled.reshape(4, pixels, pixels)
         fluid = np.maximum(fluid + np.float32(self.fluid_bias) + 0.25 * ripples[0], self.ventricle_growth - away)
-        csf = _sigmoid(1.7 * fluid)
-        white = (1 - csf) * _sigmoid(1.9 * (matter + np.float32(self.white_bias) + 0.2 * ripples[1]))
+        csf = sigmoid(1.7 * fluid)
+        white = (1 - csf) * sigmoid(1.9 * (matter + np.float32(self.white_bias) + 0.2 * ripples[1]))
         tissues = {"white": white, "grey": 1 - csf - white, "csf": csf}
         enhancing, necrosis, healthy = self._lesion_fractions(x, y, z, depth, away, ripples, patches)
         core = enhancing + necrosis
@@ -314,20 +314,20 @@ class Anatomy:
         tissues["white"] = tissues["white"] * healthy
         tissues["grey"] = tissues["grey"] * (1 - 0.35 * swollen)
         tissues.update(enhancing=enhancing, necrosis=necrosis, oedema=oedema, vessel=vessel)
-        edge = _sigmoid((depth - 0.8 + 0.5 * ripples[3]) / 0.3)
-        tissues = {name: _shrink((tissues[name] * edge).astype(np.float32), size) for name in TISSUES}
+        edge = sigmoid((depth - 0.8 + 0.5 * ripples[3]) / 0.3)
+        tissues = {name: shrink((tissues[name] * edge).astype(np.float32), size) for name in TISSUES}
         brain = sum(tissues.values())
         inside = brain >= 0.5
         for name in tissues:
             tissues[name] *= inside
         textures = {
-            "white": _shrink(1 + 0.015 * ripples[2] + 0.04 * patches[2], size),
-            "grey": _shrink(1 + 0.02 * ripples[3] + 0.03 * patches[2], size),
-            "csf": _shrink(1 + 0.06 * ripples[1] + 0.06 * patches[0], size),
-            "enhancing": _shrink(1 + 0.15 * ripples[2] + 0.12 * patches[1], size),
-            "oedema": _shrink(1 + 0.05 * ripples[3] + 0.04 * patches[1], size),
-            "necrosis": _shrink(1 + 0.12 * ripples[0] + 0.12 * patches[0], size),
-            "iron": _shrink(_sigmoid((depth - 36) / 4), size),
+            "white": shrink(1 + 0.015 * ripples[2] + 0.04 * patches[2], size),
+            "grey": shrink(1 + 0.02 * ripples[3] + 0.03 * patches[2], size),
+            "csf": shrink(1 + 0.06 * ripples[1] + 0.06 * patches[0], size),
+            "enhancing": shrink(1 + 0.15 * ripples[2] + 0.12 * patches[1], size),
+            "oedema": shrink(1 + 0.05 * ripples[3] + 0.04 * patches[1], size),
+            "necrosis": shrink(1 + 0.12 * ripples[0] + 0.12 * patches[0], size),
+            "iron": shrink(sigmoid((depth - 36) / 4), size),
         }
         labels = np.where(tissues["oedema"] >= 0.4, 2, 0)
         dead, living = tissues["necrosis"], tissues["enhancing"]
@@ -369,19 +369,19 @@ class Anatomy:
             outside = distance - radius + np.float32(ragged) * np.clip(coarse, -2, 2) + np.float32(0.35 * ragged) * fine
             # A tumour grows round the ventricles and stops at the surface.
             outside = np.maximum(outside, np.maximum(1.5 - away[window], 2.0 - depth[window]))
-            core = _sigmoid(-outside / 0.4)
+            core = sigmoid(-outside / 0.4)
             # The rim is broken where its thickness is negative; membranes of living tumour cross what is dead.
             rim = np.float32(lesion["rim"]) * (1 + np.float32(lesion["gaps"]) * np.tanh(1.3 * other)) + 0.5 * grain
             if lesion["solid"]:
                 rim = rim + np.float32(radius)
-            dead = core * _sigmoid((-outside - rim) / 0.5)
+            dead = core * sigmoid((-outside - rim) / 0.5)
             if lesion["septa"] > 0:
-                dead *= _sigmoid((np.abs(ripples[0][window]) - np.float32(lesion["septa"])) / 0.08)
+                dead *= sigmoid((np.abs(ripples[0][window]) - np.float32(lesion["septa"])) / 0.08)
             if not lesion["enhances"]:
                 dead = core
             reach = np.float32(lesion["reach"])
             fingers = 0.35 * reach * other + 1.6 * fine + 1.0 * grain
-            wet = np.float32(lesion["wetness"]) * _sigmoid((reach + fingers - outside) / 1.2)
+            wet = np.float32(lesion["wetness"]) * sigmoid((reach + fingers - outside) / 1.2)
             enhancing[window] = np.maximum(enhancing[window], core - dead)
             necrosis[window] = np.maximum(necrosis[window], dead)
             healthy[window] *= 1 - wet
@@ -419,12 +419,13 @@ def _determinant(slopes: list[list[np.ndarray]], strength: float) -> np.ndarray:
     return a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
 
 
-def _shrink(image: np.ndarray, size: int) -> np.ndarray:
+def shrink(image: np.ndarray, size: int) -> np.ndarray:
     """Mean over blocks of pixels, down to size x size."""
     block = image.shape[0] // size
     rows = sum(image[i::block] for i in range(block))
     return sum(rows[:, i::block] for i in range(block)) / np.float32(block**2)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Logistic function in float32."""
     return np.float32(0.5) + np.float32(0.5) * np.tanh(np.float32(0.5) * x, dtype=np.float32)

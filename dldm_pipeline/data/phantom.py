@@ -14,6 +14,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm.auto import tqdm
 
+from dldm_pipeline.data.anatomy import shrink, sigmoid
 from dldm_pipeline.data.atlas import interpolate, load_atlas
 from dldm_pipeline.data.mr_signal import SEQUENCES, TISSUES, sample_sequence, sample_tissue_values, signal
 from dldm_pipeline.data.simulated_slices import map_in_order
@@ -224,8 +225,8 @@ def _sample_anatomy(
     fluid, matter, depth, away = sampled.reshape(4, pixels, pixels)
     ripples = _smooth_field(fine, rows / 6 + 29.5, columns / 6 + 29.5)
     fluid = np.maximum(fluid + fluid_bias + 0.2 * ripples[0], ventricle_growth - away)
-    csf = _sigmoid(1.7 * fluid)
-    white = (1 - csf) * _sigmoid(1.9 * (matter + white_bias + 0.15 * ripples[1]))
+    csf = sigmoid(1.7 * fluid)
+    white = (1 - csf) * sigmoid(1.9 * (matter + white_bias + 0.15 * ripples[1]))
     tissues = {"white": white, "grey": 1 - csf - white, "csf": csf}
     lesions = _sample_lesions(rng, rows, columns, tissues, depth, ripples[2:], factors)
     vessel = _sample_vessels(rng, rows, np.where(away < 6, 0, csf), depth, where[0] + origin[0], factors)
@@ -238,13 +239,13 @@ def _sample_anatomy(
     tissues["white"] = tissues["white"] * (1 - swollen)
     tissues["grey"] = tissues["grey"] * (1 - 0.2 * swollen)
     tissues.update(lesions, oedema=oedema, vessel=vessel)
-    edge = _sigmoid(depth / 0.3)
-    tissues = {name: _shrink((tissues[name] * edge).astype(np.float32), size) for name in TISSUES}
+    edge = sigmoid(depth / 0.3)
+    tissues = {name: shrink((tissues[name] * edge).astype(np.float32), size) for name in TISSUES}
     textures = {
-        "white": _shrink(1 + 0.012 * ripples[2] + 0.01 * ripples[3], size),
-        "grey": _shrink(1 + 0.015 * ripples[3], size),
-        "enhancing": _shrink(1 + 0.06 * ripples[2], size),
-        "iron": _shrink(_sigmoid((depth - 36) / 4), size),
+        "white": shrink(1 + 0.012 * ripples[2] + 0.01 * ripples[3], size),
+        "grey": shrink(1 + 0.015 * ripples[3], size),
+        "enhancing": shrink(1 + 0.06 * ripples[2], size),
+        "iron": shrink(sigmoid((depth - 36) / 4), size),
     }
     textures = {name: np.asarray(t, dtype=np.float32) for name, t in textures.items()}
     return tissues, textures, (field_of_view / size,) * 2
@@ -299,11 +300,11 @@ def _sample_lesions(
         angle, distance = np.arctan2(dy, dx), np.hypot(dy, dx)
         coarse, fine = ripples[0][window], ripples[1][window]
         outside = distance - radius * _wobble(rng, angle, 0.09) + 0.25 * coarse
-        core = _sigmoid(-outside / 0.35)
+        core = sigmoid(-outside / 0.35)
         inner = max(radius - thickness, -radius) * _wobble(rng, angle, 0.14)
-        dead = core * _sigmoid(-(distance - inner + 0.4 * fine) / 0.45)
+        dead = core * sigmoid(-(distance - inner + 0.4 * fine) / 0.45)
         fingers = 2.8 * coarse + 2.2 * fine + reach * (_wobble(rng, angle, 0.22) - 1)
-        wet = np.float32(rng.uniform(0.7, 1.0)) * _sigmoid((reach + fingers - outside) / 1.2)
+        wet = np.float32(rng.uniform(0.7, 1.0)) * sigmoid((reach + fingers - outside) / 1.2)
         enhancing[window] = np.maximum(enhancing[window], core - dead)
         necrosis[window] = np.maximum(necrosis[window], dead)
         healthy[window] *= 1 - wet
@@ -395,14 +396,3 @@ def _unfolding(warp: np.ndarray) -> float:
     while ((1 - scale * yy) * (1 + scale * xx) + scale**2 * yx * xy).min() < 0.35:
         scale *= 0.85
     return scale
-
-
-def _shrink(image: np.ndarray, size: int) -> np.ndarray:
-    """Mean over blocks of pixels, down to size x size."""
-    block = image.shape[0] // size
-    rows = sum(image[i::block] for i in range(block))
-    return sum(rows[:, i::block] for i in range(block)) / np.float32(block**2)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.float32(0.5) + np.float32(0.5) * np.tanh(np.float32(0.5) * x, dtype=np.float32)

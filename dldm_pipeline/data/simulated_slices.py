@@ -1,6 +1,6 @@
 """Data sets of simulated slices: rows for `write_slices`, and folders that are made once and kept.
 
-    folder = simulated_dataset(400, size=128, tumour_free_fraction=0.1)  # data/simulated-v1-128-400-free0.1
+    folder = simulated_dataset(400, size=128, tumour_free_fraction=0.1)  # data/simulated-v2-128-400-free0.1
 
 Subjects are those of `simulation.py`. Their rows keep what drew them, so a slice can be had again, or from another scanner:
 

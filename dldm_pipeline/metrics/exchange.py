@@ -143,8 +143,7 @@ def appearance_probes(
 ) -> dict:
     """R² with which ridge regressions tell tissue means from the modality's style, and from the whole structure.
 
-    The penalty is chosen by leave-one-out among the training
-    subjects.
+    The penalty is chosen by leave-one-out among the training subjects.
 
     Returns:
         dict with `style` and `structure`, tissue -> modality -> R² on the test subjects (0: no better than their mean), and
@@ -155,11 +154,11 @@ def appearance_probes(
     structure, styles = (code.numpy() for code in _encode(autoencoder, images))
     structure = structure.reshape(len(structure), -1)
     result: dict = {kind: {tissue: {} for tissue in TISSUES} for kind in ("style", "structure")}
+    in_train = np.arange(len(means)) < num_train
     for t, tissue in enumerate(TISSUES):
+        known = np.isfinite(means[:, 0, t])  # a tissue is there in all images of a subject or in none
+        train, test = known & in_train, known & ~in_train
         for kind in result:
-            # One fit of the structure serves all modalities: they share the subjects whose tissue is known.
-            known = np.isfinite(means[:, 0, t])
-            train, test = known & (np.arange(len(known)) < num_train), known & (np.arange(len(known)) >= num_train)
             for m, name in enumerate(names):
                 codes = structure if kind == "structure" else styles[:, m]
                 probe = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))

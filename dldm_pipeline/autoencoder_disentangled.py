@@ -81,23 +81,25 @@ class StyleDistribution(DiagonalGaussianDistribution):
 
 
 def intensity_quantiles(images: torch.Tensor, number: int) -> torch.Tensor:
-    """Evenly spaced quantiles of what is above 0 in images (N, H, W), smallest first: (N, number) float32."""
+    """Quantiles of what is above 0 in images (N, H, W): (N, number) float32, spaced as in a normal distribution."""
     values = images.flatten(1).float().sort(dim=1).values
     count = (values > 0).sum(dim=1, keepdim=True)
     last = values.shape[1] - 1
-    place = last - (count - 1).clamp(min=0) * torch.linspace(1, 0, number, device=images.device)
+    levels = torch.special.ndtr(torch.linspace(-2.5, 2.5, number, device=images.device))
+    # From the smallest value to the largest.
+    place = last - (count - 1).clamp(min=0) * (levels[-1] - levels) / (levels[-1] - levels[0])
     below = place.floor().long()
     low, high = values.gather(1, below), values.gather(1, (below + 1).clamp(max=last))
     return low + (place - below) * (high - low)
 
 
 def equalize(images: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
-    """Images (N, H, W) with every intensity replaced by its rank, 0 to 1, from `intensity_quantiles` (N, k); 0 stays 0."""
+    """Images (N, H, W) with intensities replaced by their rank among `intensity_quantiles` (N, k), 0.1 to 1; 0 stays 0."""
     values = images.flatten(1).float()
     place = torch.searchsorted(quantiles[:, 1:-1].contiguous(), values)
     low, high = quantiles.gather(1, place), quantiles.gather(1, place + 1)
     rank = place + ((values - low) / (high - low).clamp(min=1e-4)).clamp(0, 1)
-    return torch.where(values > 0, rank / (quantiles.shape[1] - 1), 0).view_as(images).to(images.dtype)
+    return torch.where(values > 0, 0.1 + 0.9 * rank / (quantiles.shape[1] - 1), 0).view_as(images).to(images.dtype)
 
 
 class ResBlock(nn.Module):
@@ -144,9 +146,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         encoder_blocks, decoder_blocks: residual blocks on each level, of the encoder and of the decoder's trunk.
         head_channels: width of the part that runs once for each image.
         num_regions: 3 decodes the regions of the tumour, 1 the whole tumour only.
-        num_quantiles: how many quantiles describe an image's intensities. The structure then sees their ranks only, which a
-            scanner's brightness, window and intensity curve do not change, and the style gets the quantiles. With 0, as in
-            older models, both see the images as they are.
+        num_quantiles: how many quantiles describe an image's intensities. The structure then sees ranks only, which no
+            monotone intensity curve changes, and the style gets the quantiles. With 0 both see the images as they are.
         structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
             over the whole training set at the end of training; None until then.
         style_shift, style_scale: c_t values, likewise.
@@ -248,9 +249,8 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         for layer in (self.encoder_linear, self.decoder_linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        # At first all is foreground, or no image would have a gradient.
         nn.init.zeros_(self.foreground_out[-1].weight)
-        nn.init.constant_(self.foreground_out[-1].bias, 3.0)
+        nn.init.constant_(self.foreground_out[-1].bias, 3.0)  # all is foreground, or no image would have a gradient
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DisentangledAutoencoder":

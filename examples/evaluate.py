@@ -32,6 +32,7 @@ from dldm_pipeline.data.phantom import simulate_subject
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.metrics import comparison, report
 from dldm_pipeline.metrics.cache import Cache, fingerprint
+from dldm_pipeline.metrics.exchange import exchange_sheet
 from dldm_pipeline.metrics.features import EXTRACTORS, FeatureExtractor, load_extractor
 from dldm_pipeline.metrics.fidelity import NEIGHBOURS
 from dldm_pipeline.metrics.images import evenly_spaced, read_slices
@@ -272,15 +273,20 @@ def main(argv: list[str] | None = None, extractor: FeatureExtractor | None = Non
         "dataset": str(args.dataset or f"{len(items)} simulated subjects, seed {PHANTOM_SEED}"),
         "seed": args.seed,
         "segmenter_dice": dice,
-        **comparison.measure_autoencoder(autoencoder, items, segmenters, args.seed, cache),
+        **comparison.measure_autoencoder(
+            autoencoder, items, segmenters, args.seed, cache, 0 if args.dataset else count
+        ),
     }
+    appearances = args.output / "figures" / "appearances.png"
+    exchange_sheet(autoencoder, items, appearances)
+    pictures = {"appearances": appearances} if appearances.is_file() else {}
 
     # 3. The pipeline and the other systems.
-    pictures: dict[str, Path] = {}
     if pipeline is not None:
         alignment = results["alignment"]
         measures = extractor, segmenters, alignment["validation"]
-        compared, pictures = compare_systems(args, systems, pipeline, options, data, *measures, cache)
+        compared, more = compare_systems(args, systems, pipeline, options, data, *measures, cache)
+        pictures |= more
         results |= compared | {"alignment": alignment | compared["alignment"]}
     results["seconds"] = time.time() - started
 

@@ -1,5 +1,7 @@
 """DisentangledAutoencoder: shapes, what depends on what, scales, and what is refused."""
 
+from statistics import NormalDist
+
 import pytest
 import torch
 
@@ -196,7 +198,12 @@ def test_a_structure_from_ranks_does_not_see_an_intensity_curve():
 def test_quantiles_and_ranks():
     images = torch.tensor([[[0.0, 0.0, 0.2], [0.4, 0.6, 0.8]], [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
     quantiles = intensity_quantiles(images, 4)
-    torch.testing.assert_close(quantiles, torch.tensor([[0.2, 0.4, 0.6, 0.8], [0.0, 0.0, 0.0, 0.0]]))
+    normal = NormalDist()
+    levels = [normal.cdf(2.5 * x) for x in (-1, -1 / 3, 1 / 3, 1)]
+    expected = [0.2 + 0.6 * (level - levels[0]) / (levels[-1] - levels[0]) for level in levels]
+    torch.testing.assert_close(quantiles, torch.tensor([expected, [0.0] * 4]))
     ranks = equalize(images, quantiles)
-    torch.testing.assert_close(ranks[0], torch.tensor([[0.0, 0.0, 0.0], [1 / 3, 2 / 3, 1.0]]))
+    middle = (0.4 - expected[1]) / (expected[2] - expected[1])
+    expected = [0.0, 0.0, 0.1, 0.1 + 0.3 * (1 + middle), 0.1 + 0.3 * (2 - middle), 1.0]
+    torch.testing.assert_close(ranks[0].flatten(), torch.tensor(expected))
     assert not ranks[1].any()

@@ -126,6 +126,19 @@ def subjects_sheet(
     contact_sheet(images, masks, modalities, names, path)
 
 
+def appearances_sheet(images: np.ndarray, modalities: Sequence[str], path: str | os.PathLike) -> None:
+    """Save a contact sheet of anatomies, one a row, each in the same appearances, one a column of every modality.
+
+    Args:
+        images (`np.ndarray`): (A, K, n, H, W), A anatomies in K appearances, as [`contact_sheet`] takes them.
+        modalities (`Sequence[str]`): n names.
+        path (`str` or `os.PathLike`): PNG file to write.
+    """
+    rows = images.swapaxes(1, 2).reshape(len(images), -1, *images.shape[3:])
+    columns = [f"{name}, {k + 1}" for name in modalities for k in range(images.shape[1])]
+    contact_sheet(rows, None, columns, [f"anatomy {i + 1}" for i in range(len(rows))], path)
+
+
 def evenly_spaced_rows(data: SliceDataset, count: int) -> tuple[Images, Masks]:
     """Images and masks of `count` evenly spaced slices of a data set, or of all, as [`contact_sheet`] takes them."""
     items = [data[i] for i in np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)]

@@ -20,7 +20,7 @@ from scipy.stats import entropy
 from tqdm.auto import tqdm
 
 from .images import as_flags
-from .reconstruction import dice, exchange_partners, mean_over_subjects
+from .reconstruction import dice, mean_over_subjects
 from .segmenter import predict_masks
 
 # Modalities in which a contrast agent makes tumour bright.
@@ -103,6 +103,20 @@ def vessel_contrast(
     return float(white[vessels].mean() / white.mean()), float(black[vessels].mean() / black.mean())
 
 
+def slices_of_others(subjects: list[str], seed: int = 0) -> np.ndarray:
+    """For each of N slices, given its subject's name, a slice of *another subject*, every one used once.
+
+    Subjects are put in a random order. Every slice takes the one that is as many places further on as the largest subject
+    has slices. Returns int (N,); -1 for all where one subject has more than half of the slices.
+    """
+    names, order = np.unique(subjects, return_inverse=True)
+    order = np.argsort(np.random.default_rng(seed).permutation(len(names))[order], kind="stable")
+    partners, shift = np.full(len(order), -1), np.unique(subjects, return_counts=True)[1].max()
+    if 2 * shift <= len(order):
+        partners[order] = np.roll(order, -shift)
+    return partners
+
+
 def evaluate_alignment(
     images: np.ndarray,
     masks: np.ndarray,
@@ -156,7 +170,7 @@ def evaluate_alignment(
     count, n = images.shape[:2]
     subjects = [f"subject-{i}" for i in range(count)] if subjects is None else list(subjects)
     present, has_mask = as_flags(present, (count, n)), as_flags(has_mask, (count,))
-    partners = exchange_partners(subjects, np.ones((count, 1), dtype=bool), seed)[:, 0]
+    partners = slices_of_others(subjects, seed)
 
     brains = np.stack([brain_region(image[here]) for image, here in zip(images, present, strict=True)])
     margin = max(1, round(_pixels(3, images.shape)))

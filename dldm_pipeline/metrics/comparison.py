@@ -24,6 +24,7 @@ from dldm_pipeline.data.files import read_arrays, write_arrays
 from .alignment import evaluate_alignment
 from .cache import Cache, digest, fingerprint, hash_source
 from .disentanglement import evaluate_disentanglement
+from .exchange import appearance_probes, exchange_against_truth, exchange_of_curves
 from .features import FeatureExtractor, hash_weights
 from .fidelity import evaluate_fidelity, feature_scores
 from .images import Slices, to_uint8
@@ -135,19 +136,21 @@ def find_segmenters(
 
 
 def measure_autoencoder(
-    autoencoder: torch.nn.Module, items: Sequence[dict], segmenters: dict, seed: int, cache: Cache
+    autoencoder: torch.nn.Module, items: Sequence[dict], segmenters: dict, seed: int, cache: Cache, simulated: int = 0
 ) -> dict:
-    """Reconstruction, disentanglement, and alignment of real and rebuilt subjects.
+    """Exchange of styles, reconstruction, disentanglement, and alignment of real and rebuilt subjects.
 
     Args:
         autoencoder: a `DisentangledAutoencoder` in evaluation mode, on the device to use.
         items: of a `SliceDataset`, held out.
         segmenters: from [`find_segmenters`].
         seed: of splits and exchanges.
+        simulated: images to simulate for [`exchange_against_truth`], and 7.5 times as many for [`appearance_probes`];
+            0 does [`exchange_of_curves`] on the items instead.
 
     Returns:
-        dict with `reconstruction`, `disentanglement` (`left_out`: the reason, where subjects are too few) and `alignment`
-        (`validation` and `rebuilt`).
+        dict with `exchange` (`truth` and `probes`, or `curves`), `reconstruction`, `disentanglement` and `alignment`
+        (`validation` and `rebuilt`); `left_out`: the reason, where subjects are too few.
     """
 
     def compute() -> dict:
@@ -157,18 +160,27 @@ def measure_autoencoder(
         options = dict(seed=seed, segmenters=segmenters)
         real = evaluate_alignment(encoded.images, encoded.masks, names, subjects, present, encoded.has_mask, **options)
         again = evaluate_alignment(rebuilt, masks, names, subjects, present, reference=real, **options)
-        try:
-            disentanglement = evaluate_disentanglement(encoded, seed=seed)
-        except ValueError as error:  # too few subjects to split
-            disentanglement = {"left_out": str(error)}
         return {
-            "reconstruction": evaluate_reconstruction(autoencoder, encoded, BATCH_SIZE, seed),
-            "disentanglement": disentanglement,
+            "exchange": attempt(exchange),
+            "reconstruction": evaluate_reconstruction(autoencoder, encoded, BATCH_SIZE),
+            "disentanglement": attempt(lambda: evaluate_disentanglement(encoded, seed=seed)),
             "alignment": {"validation": real, "rebuilt": again},
         }
 
+    def exchange() -> dict:
+        if not simulated:
+            return {"curves": exchange_of_curves(autoencoder, items, seed=seed)}
+        truth = exchange_against_truth(autoencoder, max(1, simulated // 4))
+        return {"truth": truth, "probes": appearance_probes(autoencoder, 5 * simulated, 5 * simulated // 2)}
+
+    def attempt(measure: Callable[[], dict]) -> dict:
+        try:
+            return measure()
+        except ValueError as error:  # too few subjects to split
+            return {"left_out": str(error)}
+
     slices = [np.asarray(item[key]) for item in items for key in ("images", "present", "mask", "has_mask", "subject")]
-    inputs = [fingerprint(autoencoder), _hashes(segmenters), seed, *slices]
+    inputs = [fingerprint(autoencoder), _hashes(segmenters), seed, simulated, *slices]
     return cache.figures("autoencoder", inputs, compute)
 
 

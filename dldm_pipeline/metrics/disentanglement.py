@@ -3,13 +3,12 @@
 - [`modality_probe`]: a linear probe is trained on one half of the *subjects* to predict the modality of a code, and tested
   on the other half. It should always be right for styles, and no better than chance for structures, each encoded from one
   modality alone.
-- [`subject_probe`]: the code of one modality looks for its own subject among the codes of another modality. It should always
-  be right for structures, and hardly better than chance for styles (no better, where the appearances of a subject's
-  modalities are independent; the dose of a contrast agent, for example, shows in two of them).
+- [`subject_probe`]: the structure from one modality looks for its own subject among those from another modality. It should
+  always be right. (The styles of a subject's modalities are related, too: one scanner made them.)
 - [`structure_agreement`]: distance between the structures from two modalities of one subject, over that between two subjects.
 
-The swap test and cross-reconstruction need the decoder: `psnr["exchanged"]` and `psnr["single"]` of
-[`~dldm_pipeline.metrics.reconstruction.evaluate_reconstruction`].
+Cross-reconstruction and the exchange of styles need the decoder: `psnr["single"]` of
+[`~dldm_pipeline.metrics.reconstruction.evaluate_reconstruction`], and [`~dldm_pipeline.metrics.exchange`].
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .reconstruction import EncodedSubjects, mean_of_known, mean_over_subjects
 from .two_sample import auc
 
 try:
-    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.linear_model import LogisticRegression
     from sklearn.metrics.pairwise import cosine_similarity
     from sklearn.model_selection import GridSearchCV, GroupKFold
 except ImportError as error:
@@ -35,8 +34,6 @@ except ImportError as error:
 # From strong to weak L2 regularisation (scikit-learn's C). The features are scaled so that their squared norm is about
 # 1 whatever their number, so the best C for a few numbers and for many thousands is in the same range.
 REGULARISATION = (1e-2, 1e0, 1e2, 1e4)
-# The same for ridge regression on standardised features (scikit-learn's alpha), from weak to strong.
-PENALTIES = (1e-1, 1e1, 1e3, 1e5)
 
 
 def _half_of(subjects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -115,9 +112,7 @@ def modality_probe(
     }
 
 
-def subject_probe(
-    codes: np.ndarray, subjects: list[str], present: np.ndarray | None = None, linear: bool = False, seed: int = 0
-) -> dict:
+def subject_probe(codes: np.ndarray, subjects: list[str], present: np.ndarray | None = None) -> dict:
     """How often the code of one modality finds its own subject among the codes of another modality.
 
     Every code of modality A is a query, all codes of modality B are the gallery, and the most similar one (cosine) should
@@ -126,10 +121,6 @@ def subject_probe(
 
     Args:
         codes, subjects, present: as in [`modality_probe`].
-        linear: predict the code of B from that of A by a ridge regression before the search, fitted on one half of the
-            *subjects* and searching among the other half, both ways round. It also finds a subject that shows in other
-            features of B than of A: the stricter test of codes that should *not* tell it.
-        seed: of the split into halves.
 
     Returns:
         dict with `accuracy` (in [0, 1], mean over ordered pairs of modalities), `accuracy_by_pair` (n lists of n,
@@ -144,27 +135,20 @@ def subject_probe(
     count, n = codes.shape[:2]
     codes, subjects = codes.reshape(count, n, -1), np.asarray(subjects)
     present = as_flags(present, (count, n))
-    half = np.isin(subjects, _half_of(subjects, np.random.default_rng(seed)))
     for m in np.flatnonzero(present.any(axis=0)):
         codes[present[:, m], m] = _standardise(codes[present[:, m], m], codes[present[:, m], m])
 
     accuracy = np.full((n, n), np.nan)
     chances, areas = [], []
     for a, b in permutations(range(n), 2):
-        both = present[:, a] & present[:, b]
-        hits = []
-        for gallery in (both & half, both & ~half) if linear else (both,):
-            query, rest = codes[gallery, a], both & ~gallery
-            if len(np.unique(subjects[gallery])) < 2 or (linear and rest.sum() < 2):
-                continue
-            if linear:
-                query = RidgeCV(alphas=PENALTIES).fit(codes[rest, a], codes[rest, b]).predict(query)
-            similarity = cosine_similarity(query, codes[gallery, b])
-            same = subjects[gallery][:, None] == subjects[gallery]
-            hits.append(same[np.arange(len(same)), similarity.argmax(axis=1)].mean())
-            chances.append(same.mean())
-            areas.append(auc(similarity[~same], similarity[same]))
-        accuracy[a, b] = np.mean(hits) if hits else np.nan
+        gallery = present[:, a] & present[:, b]
+        if len(np.unique(subjects[gallery])) < 2:
+            continue
+        similarity = cosine_similarity(codes[gallery, a], codes[gallery, b])
+        same = subjects[gallery][:, None] == subjects[gallery]
+        accuracy[a, b] = same[np.arange(len(same)), similarity.argmax(axis=1)].mean()
+        chances.append(same.mean())
+        areas.append(auc(similarity[~same], similarity[same]))
     return {
         "accuracy": float(mean_of_known(accuracy)),
         "chance": float(mean_of_known(chances)),
@@ -224,9 +208,8 @@ def evaluate_disentanglement(encoded: EncodedSubjects, seed: int = 0) -> dict:
           exchanged within each slice: what there is to score by chance) and `images` (mean over 8×8 blocks: what there
           is to tell from intensities), each as in [`modality_probe`]; `style_accuracy`; `structure_accuracy` (the higher
           of the first two structure probes); `structure_over_chance` (that minus chance, in points of 0.01 each)
-        - `subject_structure`, `subject_style`, `subject_style_linear` and `subject_images` (the same blocks), each as in
-          [`subject_probe`]; `subject_structure_accuracy`; `subject_style_accuracy` and `subject_style_over_chance` of
-          the style probe that finds more
+        - `subject_structure` and `subject_images` (the same blocks), each as in [`subject_probe`];
+          `subject_structure_accuracy`
         - `structure_agreement`: see [`structure_agreement`]
     """
     present, subjects = encoded.present, encoded.subjects
@@ -235,33 +218,25 @@ def evaluate_disentanglement(encoded: EncodedSubjects, seed: int = 0) -> dict:
     blocks = encoded.images[..., :height, :width]
     blocks = blocks.reshape(*blocks.shape[:2], height // 8, 8, width // 8, 8).mean(axis=(3, 5))
     probes = {
-        "style": (modality_probe, styles, False),
-        "structure_mean": (modality_probe, single.mean(axis=(-2, -1)), False),
-        "structure_full": (modality_probe, single, False),
-        "structure_mean_deviation": (modality_probe, pool_structure(single), False),
-        "structure_full_shuffled": (modality_probe, single, True),
-        "images": (modality_probe, blocks, False),
-        "subject_structure": (subject_probe, single, False),
-        "subject_style": (subject_probe, styles, False),
-        "subject_style_linear": (subject_probe, styles, True),
-        "subject_images": (subject_probe, blocks, False),
+        "style": (styles, False),
+        "structure_mean": (single.mean(axis=(-2, -1)), False),
+        "structure_full": (single, False),
+        "structure_mean_deviation": (pool_structure(single), False),
+        "structure_full_shuffled": (single, True),
+        "images": (blocks, False),
     }
-    result = {}
-    for name, (probe, codes, option) in tqdm(probes.items(), desc="probe"):
-        result[name] = probe(codes, subjects, present, option, seed)  # option: `shuffle`, or `linear`
-
-    def over_chance(probe: dict) -> float:
-        return probe["accuracy"] - probe["chance"]
-
+    result = {
+        name: modality_probe(codes, subjects, present, shuffle, seed)
+        for name, (codes, shuffle) in tqdm(probes.items(), desc="probe")
+    }
+    for name, codes in (("subject_structure", single), ("subject_images", blocks)):
+        result[name] = subject_probe(codes, subjects, present)
     structure = max(result["structure_mean"], result["structure_full"], key=lambda probe: probe["accuracy"])
-    style = max(result["subject_style"], result["subject_style_linear"], key=over_chance)
     return {
         **result,
         "style_accuracy": result["style"]["accuracy"],
         "structure_accuracy": structure["accuracy"],
-        "structure_over_chance": 100.0 * over_chance(structure),
+        "structure_over_chance": 100.0 * (structure["accuracy"] - structure["chance"]),
         "subject_structure_accuracy": result["subject_structure"]["accuracy"],
-        "subject_style_accuracy": style["accuracy"],
-        "subject_style_over_chance": 100.0 * over_chance(style),
         "structure_agreement": structure_agreement(single, subjects, present),
     }

@@ -14,6 +14,7 @@ donor's white matter with it ([`exchange_of_curves`]).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from dldm_pipeline.appearance import random_curves
+from dldm_pipeline.data.sheet import appearances_sheet
 from dldm_pipeline.data.simulation import SimulatedSubject, simulate_subject
 
 from .reconstruction import dice, psnr
@@ -183,18 +185,26 @@ def exchange_of_curves(
     styles of another subject's slice.
 
     Args:
-        dataset: held-out slices that have T1 and all other modalities of the model.
-        num_pairs: at least this many pairs, or as many as there are slices if those are more.
+        dataset: items of a held-out `SliceDataset`. Those that lack a modality are left out.
+        num_pairs: how many; a slice is in several where there are fewer slices.
 
     Returns:
         `donor` and `own`, modality -> correlation over pairs of the mean of white matter with that of the donor, and with
-        that of the slice itself, both under their curves.
+        that of the slice itself, both under their curves; `num_slices`, that the pairs are of.
+
+    Raises:
+        ValueError: if the model does not know T1, or fewer than two subjects have all modalities.
     """
     names = list(autoencoder.config.modalities)
+    whole = [item for item in dataset if item["present"].all()]
+    if "T1" not in names or len({item["subject"] for item in whole}) < 2:
+        raise ValueError("Exchanged intensity curves need T1, and two subjects with all modalities.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rows = torch.arange(max(num_pairs, 1)) % len(dataset)
-        items = next(iter(DataLoader(torch.utils.data.Subset(dataset, rows.tolist()), len(rows))))
+        # Evenly spread over the slices, and each under another curve if it comes again.
+        rows = torch.linspace(0, len(whole) - 1, num_pairs).long() if num_pairs < len(whole) else None
+        rows = torch.arange(num_pairs) % len(whole) if rows is None else rows
+        items = next(iter(DataLoader([whole[row] for row in rows], len(rows))))
         curved = torch.cat([random_curves(part) for part in items["images"].split(32)])
         subjects = np.array(items["subject"])
         donors = np.array([torch.randint(len(rows), ()).item() for _ in rows])
@@ -213,7 +223,21 @@ def exchange_of_curves(
     return {
         key: {name: float(np.corrcoef(after[:, m], other[:, m])[0, 1]) for m, name in enumerate(names)}
         for key, other in (("donor", before[donors]), ("own", before))
-    }
+    } | {"num_slices": len(set(rows.tolist()))}
+
+
+def exchange_sheet(autoencoder: torch.nn.Module, dataset: Dataset, path: str | os.PathLike, count: int = 4) -> None:
+    """Saves as PNG `count` subjects, each rebuilt in its own appearance and in those of the others.
+
+    Args:
+        dataset: as in [`exchange_of_curves`], of any modalities; nothing is written if it has too few subjects.
+    """
+    subjects = {item["subject"]: item["images"] for item in dataset if item["present"].all()}
+    if len(subjects) < count:
+        return
+    structure, styles = _encode(autoencoder, torch.stack(list(subjects.values())[:count]).numpy())
+    grid = _decode(autoencoder, structure.repeat_interleave(count, dim=0), styles.repeat(count, 1, 1))
+    appearances_sheet(grid.reshape(count, count, *grid.shape[1:]), autoencoder.config.modalities, path)
 
 
 def _brightest(image: np.ndarray, where: np.ndarray) -> np.ndarray:

@@ -1,13 +1,13 @@
 """How well the autoencoder rebuilds held-out slices.
 
-Five questions, each with one figure for each modality:
+Four questions, each with one figure for each modality:
 
 1. How close is the rebuilt image? PSNR with the structure of all modalities.
 2. Is the structure the same whichever modality it came from? PSNR with the structure of one modality alone.
-3. Does the style carry appearance only? PSNR with the style of another subject (same modality) against the structure's own
-   image, because another appearance must not move the anatomy.
-4. Is the image sharp? Radial power spectrum of the rebuilt images over that of the real ones.
-5. Is the tumour found? Dice of the mask, which is decoded from the structure alone.
+3. Is the image sharp? Radial power spectrum of the rebuilt images over that of the real ones.
+4. Is the tumour found? Dice of the mask, which is decoded from the structure alone.
+
+What a style does on another anatomy is measured in [`~dldm_pipeline.metrics.exchange`].
 """
 
 from __future__ import annotations
@@ -102,29 +102,6 @@ def mean_of_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     return np.where(count > 0, np.where(known, values, 0.0).sum(axis=axis) / np.maximum(count, 1), np.nan)
 
 
-def exchange_partners(subjects: list[str], present: np.ndarray, seed: int = 0) -> np.ndarray:
-    """For each slice and modality, a slice of *another subject* that has this modality.
-
-    Subjects are put in a random order. Every slice takes the one that is as many places further on as the largest subject
-    has slices: that is always another subject, and every slice is used once.
-
-    `subjects` are N names and `present` is bool (N, n). Returns int (N, n), the partner's index; -1 where the modality is
-    missing, or where one subject has more than half of its slices, so that no such exchange exists.
-    """
-    names, present = np.asarray(subjects), np.asarray(present, dtype=bool)
-    partners = np.full(present.shape, -1)
-    place = {name: i for i, name in enumerate(np.random.default_rng(seed).permutation(np.unique(names)))}
-    order = np.argsort([place[name] for name in names], kind="stable")
-    for m in range(present.shape[1]):
-        having = order[present[order, m]]
-        if len(having) == 0:
-            continue
-        shift = np.unique(names[having], return_counts=True)[1].max()
-        if 2 * shift <= len(having):
-            partners[having, m] = np.roll(having, -shift)
-    return partners
-
-
 @dataclass
 class EncodedSubjects:
     """Held-out slices with their latents (posterior modes), as numpy arrays.
@@ -211,9 +188,7 @@ def rebuild(
     return images * encoded.present[:, :, None, None], masks
 
 
-def evaluate_reconstruction(
-    autoencoder: torch.nn.Module, encoded: EncodedSubjects, batch_size: int = 16, seed: int = 0
-) -> dict:
+def evaluate_reconstruction(autoencoder: torch.nn.Module, encoded: EncodedSubjects, batch_size: int = 16) -> dict:
     """Decodes the latents of held-out slices in all ways that the questions above need, and scores the results.
 
     Rebuilt images are clipped to [0, 1] first, as a saved image is. Means are [`mean_over_subjects`]. Styles always come
@@ -222,30 +197,26 @@ def evaluate_reconstruction(
     Args:
         autoencoder, encoded: the model, and what [`encode_subjects`] made of it.
         batch_size: slices per decoder call.
-        seed: of the exchange of styles.
 
     Returns:
         dict of plain numbers:
 
         - `num_slices`, `num_subjects`, `modalities`
-        - `psnr`: `all`, `exchanged`, `another_subject` (name → dB; the last one is the floor: another subject's real
-          image instead of the rebuilt one) and `single` (source → target → dB)
+        - `psnr`: `all` (name → dB) and `single` (source → target → dB)
         - `psnr_mean`, `psnr_worst`, `psnr_best`, `psnr_spread`: of `psnr["all"]` over modalities
-        - `exchange_cost`: name → dB lost by exchanging styles; `exchange_cost_mean`, `exchange_cost_worst`
         - `single_cost`: source → dB lost against `all`, mean over targets; `single_cost_mean` (over all sources and
           targets, the source itself included) and `single_cost_mean_others` (targets other than the source)
         - `mask_dice` (structure from all), `mask_dice_single` (source → Dice), None without masks
         - `spectrum`: see [`compare_spectra`]
     """
     names, subjects, count, n = encoded.modalities, encoded.subjects, len(encoded.subjects), len(encoded.modalities)
-    partners, columns = exchange_partners(subjects, encoded.present, seed), np.arange(n)
-    full, swapped, floor, overlap_single = (np.full((count, n), np.nan) for _ in range(4))
+    full, overlap_single = np.full((count, n), np.nan), np.full((count, n), np.nan)
     single, overlap = np.full((count, n, n), np.nan), np.full(count, np.nan)
     spectra: dict[str, list[np.ndarray]] = {"real": [], "rebuilt": []}
 
     for start in tqdm(range(0, count, batch_size), desc="rebuild in all ways"):
         rows = slice(start, start + batch_size)
-        real, present, partner = encoded.images[rows], encoded.present[rows], partners[rows]
+        real, present = encoded.images[rows], encoded.present[rows]
         true, labelled = encoded.masks[rows], encoded.has_mask[rows]
 
         rebuilt, mask = _decode(autoencoder, encoded.structure[rows], encoded.styles[rows])
@@ -253,10 +224,6 @@ def evaluate_reconstruction(
         overlap[rows] = np.where(labelled, dice(true, mask), np.nan)
         for key, images in (("real", real), ("rebuilt", rebuilt)):
             spectra[key].append(np.where(present[..., None], radial_power_spectrum(images), np.nan))
-
-        rebuilt, _ = _decode(autoencoder, encoded.structure[rows], encoded.styles[partner, columns])
-        swapped[rows] = np.where(partner >= 0, psnr(real, rebuilt), np.nan)
-        floor[rows] = np.where(partner >= 0, psnr(real, encoded.images[partner, columns]), np.nan)
 
         for m in range(n):
             rebuilt, mask = _decode(autoencoder, encoded.single_structures[rows, m], encoded.styles[rows])
@@ -271,7 +238,7 @@ def evaluate_reconstruction(
 
     all_given, overlap = mean(full), mean(overlap)
     # Costs are differences within the same slice, so that a missing modality does not change them.
-    exchange_cost, single_cost = mean(full - swapped), mean(full[:, None, :] - single)
+    single_cost = mean(full[:, None, :] - single)
     others = np.where(np.eye(n, dtype=bool), np.nan, single_cost)
     return {
         "num_slices": count,
@@ -279,17 +246,12 @@ def evaluate_reconstruction(
         "modalities": list(names),
         "psnr": {
             "all": by_name(all_given),
-            "exchanged": by_name(mean(swapped)),
-            "another_subject": by_name(mean(floor)),
             "single": dict(zip(names, map(by_name, mean(single)), strict=True)),
         },
         "psnr_mean": float(np.nanmean(all_given)),
         "psnr_worst": float(np.nanmin(all_given)),
         "psnr_best": float(np.nanmax(all_given)),
         "psnr_spread": float(np.nanmax(all_given) - np.nanmin(all_given)),
-        "exchange_cost": by_name(exchange_cost),
-        "exchange_cost_mean": float(mean_of_known(exchange_cost)),
-        "exchange_cost_worst": float(np.max(exchange_cost)),
         "single_cost": by_name(mean_of_known(single_cost, 1)),
         "single_cost_mean": float(mean_of_known(single_cost)),
         "single_cost_mean_others": float(mean_of_known(others)),

@@ -43,6 +43,7 @@ CLAIM_TITLES = {
     "precision_share": f"precision, DLDM over the {SECOND}",
     "recall_share": f"recall, DLDM over the {SECOND}",
 }
+TISSUE_TITLES = {"white": "white matter", "grey": "grey matter", "csf": "CSF"}
 PROBE_TITLES = {
     "style": "z_style",
     "structure_mean": "z_struct of one modality, mean over space",
@@ -51,8 +52,6 @@ PROBE_TITLES = {
     "structure_full_shuffled": "reference: the same with shuffled labels",
     "images": "reference: images in 8×8 blocks",
     "subject_structure": "z_struct of one modality, whole",
-    "subject_style": "z_style",
-    "subject_style_linear": "z_style, after a linear map from one modality to the other",
     "subject_images": "reference: images in 8×8 blocks",
 }
 
@@ -183,6 +182,7 @@ def build_tables(results: dict) -> dict:
     """Name → table, for what was measured; `alignment` is a dictionary of tables. `results` as in [`write_report`]."""
     tables = _alignment_tables(results["alignment"], results["segmenter_dice"])
     tables |= _reconstruction_tables(results["reconstruction"])
+    tables |= _exchange_tables(results.get("exchange", {}))
     if "left_out" not in results["disentanglement"]:
         tables |= _probe_tables(results["disentanglement"])
     if "fidelity" in results:
@@ -300,6 +300,38 @@ def _memorization_tables(memorization: dict[str, dict]) -> dict[str, Table]:
     return {"memorization": summary, "memorization_ratio": ratios}
 
 
+def _exchange_tables(result: dict) -> dict[str, Table]:
+    """What `measure_autoencoder` found of exchanged styles: against the truth and by probes, or by curves."""
+    tables = {}
+    if "truth" in result:
+        truth, probes = result["truth"], result["probes"]
+        names = list(truth["own"])
+        titles = {
+            "own": "structure and style of the image",
+            "exchanged": "structure of A, style of another anatomy under B",
+        }
+        titles |= {
+            "mean_style": "structure of A, mean style",
+            "copied": "reference: A under another scanner, unchanged",
+        }
+        tables["exchange"] = [["", *names, "mean"]]
+        tables["exchange"] += [[title, *truth[key].values(), truth[f"{key}_mean"]] for key, title in titles.items()]
+        tables["appearance_probes"] = [["", *names]]
+        tables["appearance_probes"] += [
+            [f"{TISSUE_TITLES[tissue]}, from {code}", *probes[kind][tissue].values()]
+            for tissue in probes["style"]
+            for kind, code in (("style", "its z_style"), ("structure", "z_struct"))
+        ]
+    if "curves" in result:
+        curves = result["curves"]
+        tables["exchange"] = [["", *curves["donor"]]]
+        tables["exchange"] += [
+            ["with that of the donor of the style", *curves["donor"].values()],
+            ["with that of the slice itself", *curves["own"].values()],
+        ]
+    return tables
+
+
 def _reconstruction_tables(result: dict) -> dict[str, Table]:
     names, score = result["modalities"], result["psnr"]
 
@@ -307,11 +339,10 @@ def _reconstruction_tables(result: dict) -> dict[str, Table]:
         values = {title: [one[name] for name in names] for title, one in named.items()}
         return [["", *names, "mean"], *([title, *row, _mean(row)] for title, row in values.items())]
 
-    psnr = {"structure from all": score["all"], "styles exchanged between subjects": score["exchanged"]}
-    psnr |= {f"structure from {name} alone": score["single"][name] for name in names}
-    psnr["reference: another subject's real image"] = score["another_subject"]
-    loss = {"styles exchanged": result["exchange_cost"], "structure from this modality alone": result["single_cost"]}
-    tables = {"psnr": rows(psnr), "psnr_loss": rows(loss)}
+    psnr = {"structure from all": score["all"]} | {
+        f"structure from {name} alone": score["single"][name] for name in names
+    }
+    tables = {"psnr": rows(psnr), "psnr_loss": rows({"structure from this modality alone": result["single_cost"]})}
     if result["mask_dice"] is not None:
         header = ["structure from", "all", *(f"{name} alone" for name in names)]
         tables["mask_dice"] = [header, ["Dice", result["mask_dice"], *map(result["mask_dice_single"].get, names)]]

@@ -102,12 +102,13 @@ def test_full_report(script, full):
     assert results["claims"]["frechet_ratio"] == pytest.approx(values[0] / values[1])
 
     report, page = (output / "report.md").read_text(), (output / "report.html").read_text()
-    assert len(re.findall("^## ", report, re.M)) == page.count("<h2>") == 11
+    assert len(re.findall("^## ", report, re.M)) == page.count("<h2>") == 12
     assert "a tiny convolution, so the distance is not an FID" in report
     assert f"{results['reconstruction']['psnr_mean']:.2f} dB" in page
     links = re.findall(r"!\[.*?\]\((.*?)\)", report)
     sizes = {Path(link).stem: Image.open(output / link).size for link in links}
-    assert list(sizes) == ["scores", "systems", "steps", "closest_pairs"] and min(map(min, sizes.values())) > 100
+    assert list(sizes) == ["appearances", "scores", "systems", "steps", "closest_pairs"]
+    assert min(map(min, sizes.values())) > 100 and stored["exchange"]["curves"]["num_slices"] == 10
     # Two real subjects and two of each of three systems, tiles of 128 pixels, one column a modality.
     assert sizes["systems"][0] > 3 * 128 and sizes["systems"][1] > 8 * 128
     assert script.finite({"a": [math.nan, 1.0], "b": math.inf}) == {"a": [None, 1.0], "b": None}  # JSON has no NaN
@@ -153,6 +154,7 @@ def test_without_a_dataset_and_without_the_extras(script, folders, extractor, tm
     )
     assert results["reconstruction"]["num_subjects"] == 5 and "5 simulated subjects" in results["dataset"]
     assert results["second_real"] == "other simulated subjects"
+    assert set(results["exchange"]["truth"]["own"]) == set(NAMES) == set(results["exchange"]["probes"]["style"]["csf"])
     assert "steps" not in results and "memorization" not in results  # it is unknown what it was trained on
     assert results["alignment"]["DLDM"]["mask_agreement"] is None
     assert set(results["claims"]) == {"precision_share", "recall_share"}

@@ -40,7 +40,7 @@ def test_writes_subjects_sheet_and_manifest(script, refused, tiny_pipeline, word
     assert len(list(out.glob("data/*.parquet"))) == 2 and not list(out.glob("synthetic-*"))
 
 
-def test_appearances_share_their_anatomy(script, words, tmp_path):
+def test_anatomies_in_the_same_appearances(script, words, tmp_path, tiny_pipeline):
     script.main([*words, "--appearances", "3"])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["num_subjects"] == 6 and manifest["settings"]["appearances"] == 3
@@ -51,7 +51,15 @@ def test_appearances_share_their_anatomy(script, words, tmp_path):
     for k in range(6):
         same = [np.array_equal(read[k]["mask"], other["mask"]) for other in read]
         assert same == [other // 3 == k // 3 for other in range(6)]
-    assert len({image["T1"].tobytes() for image in read}) == 6
+    # Subject k without --appearances has anatomy k and appearance k.
+    options = dict(num_inference_steps=2, num_style_inference_steps=1, output_type="latent")
+    drawn = tiny_pipeline(3, generator=torch.Generator().manual_seed(0), **options)
+    again = tiny_pipeline(1, structure=drawn.structure[1:2], styles=drawn.styles[2:3], noise_scale=0, output_type="np")
+    inside = again.images[0, 0] > 0
+    difference = read[5]["T1"] / 65535 - again.images[0, 0]
+    assert np.array_equal(read[5]["mask"] > 0, again.masks[0]) and abs(difference[inside].mean()) < 0.01
+    with Image.open(tmp_path / "out" / "appearances.png") as sheet:
+        assert sheet.width > 9 * 128 and 2 * 128 < sheet.height < 3 * 128
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(refused, words, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn.metrics import mutual_info_score
 
@@ -12,6 +14,7 @@ from dldm_pipeline.metrics.alignment import (
     enhancement_ratio,
     evaluate_alignment,
     normalized_mutual_information,
+    slices_of_others,
     vessel_contrast,
 )
 from dldm_pipeline.metrics.segmenter import train_segmenter
@@ -36,6 +39,16 @@ def segmenters() -> dict[str, torch.nn.Module]:
 @pytest.fixture(scope="module")
 def real(subjects, segmenters) -> dict:
     return evaluate_alignment(*subjects, NAMES, segmenters=segmenters)
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=30), st.integers(0, 5))
+def test_partners_are_slices_of_other_subjects(subjects, seed):
+    partners = slices_of_others(subjects, seed)
+    if max(map(subjects.count, subjects)) > len(subjects) / 2:
+        assert (partners == -1).all()
+    else:
+        assert sorted(partners) == list(range(len(subjects)))
+        assert all(subjects[i] != subjects[j] for i, j in enumerate(partners))
 
 
 def test_edges_depend_on_position_and_not_on_contrast():

@@ -75,22 +75,14 @@ def test_a_subject_is_found_however_the_modalities_differ():
     assert np.isnan(np.diag(pairs)).all() and (pairs[~np.eye(4, dtype=bool)] == 1).all()
 
 
-@pytest.mark.parametrize("linear", [False, True])
-def test_codes_without_the_subject_find_none(linear):
+def test_codes_without_the_subject_find_none():
     rng = np.random.default_rng(0)
-    probe = subject_probe(rng.normal(size=(60, 4, 8)) + 5 * rng.normal(size=(1, 4, 8)), SUBJECTS, linear=linear)
+    probe = subject_probe(rng.normal(size=(60, 4, 8)) + 5 * rng.normal(size=(1, 4, 8)), SUBJECTS)
     assert abs(probe["accuracy"] - probe["chance"]) < 0.03
     assert probe["auc"] == pytest.approx(0.5, abs=0.05)
-    assert probe["chance"] == pytest.approx(1 / 30 if linear else 1 / 60)
-    same = subject_probe(np.ones((60, 4, 8)), SUBJECTS, linear=linear)
+    assert probe["chance"] == pytest.approx(1 / 60)
+    same = subject_probe(np.ones((60, 4, 8)), SUBJECTS)
     assert same["accuracy"] == pytest.approx(same["chance"]) and same["auc"] == 0.5
-
-
-def test_the_linear_subject_probe_undoes_a_rotation():
-    rng = np.random.default_rng(0)
-    turned = np.einsum("sf,mfg->smg", rng.normal(size=(60, 8)), rng.normal(size=(4, 8, 8)))
-    assert subject_probe(turned, SUBJECTS)["accuracy"] < 0.1
-    assert subject_probe(turned, SUBJECTS, linear=True)["accuracy"] > 0.9
 
 
 def test_subject_probe_with_several_slices_and_missing_codes():
@@ -102,9 +94,8 @@ def test_subject_probe_with_several_slices_and_missing_codes():
     present = np.ones((120, 4), dtype=bool)
     present[:60, 3], present[:, 2] = False, False
     content[~present] = np.nan
-    for linear in (False, True):
-        probe = subject_probe(content, subjects, present, linear)
-        assert np.isnan(probe["accuracy_by_pair"][0][2]) and probe["accuracy"] > 0.9
+    probe = subject_probe(content, subjects, present)
+    assert np.isnan(probe["accuracy_by_pair"][0][2]) and probe["accuracy"] > 0.9
 
 
 def test_structure_agreement_of_known_codes():
@@ -140,6 +131,5 @@ def test_the_higher_structure_probe_counts():
     assert abs(result["structure_full_shuffled"]["accuracy"] - 0.25) < 0.1
     assert result["structure_accuracy"] == result["structure_full"]["accuracy"]
     assert result["structure_over_chance"] == pytest.approx(100 * (result["structure_accuracy"] - 0.25))
-    assert result["subject_structure_accuracy"] == 1.0 and abs(result["subject_style_over_chance"]) < 3
-    assert result["subject_style_linear"]["chance"] == pytest.approx(1 / 30)
+    assert result["subject_structure_accuracy"] == 1.0
     assert 0.1 < result["structure_agreement"]["ratio"] < 0.9

@@ -70,10 +70,37 @@ def test_probes_find_the_appearance_where_it_is():
 def test_white_matter_follows_the_donor_of_a_style_or_the_structure():
     subjects = [simulate_subject(i, size=48, height=0.6, modalities=NAMES) for i in range(8)]
     items = [
-        {"images": torch.from_numpy(s.images), "mask": torch.from_numpy(s.mask).float(), "subject": f"s{i}"}
+        {
+            "images": torch.from_numpy(s.images),
+            "present": torch.ones(2, dtype=torch.bool),
+            "mask": torch.from_numpy(s.mask).float(),
+            "subject": f"s{i}",
+        }
         for i, s in enumerate(subjects)
     ]
-    leaking, clean = (exchange.exchange_of_curves(Renderer(leak), items, num_pairs=40) for leak in (True, False))
+    lacking = items[0] | {"present": torch.tensor([True, False])}
+    leaking, clean = (
+        exchange.exchange_of_curves(Renderer(leak), [*items, lacking], num_pairs=40) for leak in (True, False)
+    )
+    assert clean["num_slices"] == 8
     for name in NAMES:
         assert clean["donor"][name] > 0.7 and abs(clean["own"][name]) < 0.6
         assert leaking["own"][name] > 0.9 > 0.6 > abs(leaking["donor"][name])
+    with pytest.raises(ValueError, match="two subjects with all modalities"):
+        exchange.exchange_of_curves(Renderer(), [items[0], items[0], lacking])
+
+
+def test_a_sheet_shows_anatomies_in_each_others_appearances(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(exchange, "appearances_sheet", lambda images, *_: drawn.update(images=images))
+    subjects = [simulate_subject(i, size=48, height=0.6, modalities=NAMES) for i in range(3)]
+    present = torch.ones(2, dtype=torch.bool)
+    items = [{"images": torch.from_numpy(s.images), "present": present, "subject": str(s.seeds)} for s in subjects]
+    exchange.exchange_sheet(Renderer(), items, tmp_path / "sheet.png", count=4)
+    assert not drawn
+    exchange.exchange_sheet(Renderer(), items, tmp_path / "sheet.png", count=3)
+    assert drawn["images"].shape == (3, 3, 2, 48, 48)
+    for i, subject in enumerate(subjects):  # on the diagonal, each anatomy in its own appearance
+        np.testing.assert_allclose(drawn["images"][i, i], subject.images, atol=0.01)
+    means = drawn["images"].sum(axis=(3, 4)) / (drawn["images"] > 0).sum(axis=(3, 4))
+    assert means.std(axis=0).max() < means.std(axis=1).min()

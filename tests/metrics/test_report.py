@@ -20,12 +20,19 @@ ALONE = ("model", "dataset", "seed", "segmenter_dice", "reconstruction", "disent
 
 @pytest.fixture
 def results() -> dict:
-    return json.loads(MEASURED.read_text())
+    measured = json.loads(MEASURED.read_text())
+    names = measured["reconstruction"]["modalities"]
+    by_name = {name: 0.5 + 0.01 * i for i, name in enumerate(names)}
+    truth = {key: by_name for key in ("own", "exchanged", "mean_style", "copied")}
+    truth |= {f"{key}_mean": 20.0 + i for i, key in enumerate(truth)}
+    truth |= {"exchange_cost": 0.7, "gap_closed": 0.85, "white_dice_kept": 0.97}
+    probes = {kind: {tissue: by_name for tissue in ("white", "grey", "csf")} for kind in ("style", "structure")}
+    return measured | {"exchange": {"truth": truth, "probes": probes}}
 
 
 @pytest.fixture
 def pictures(tmp_path) -> dict[str, Path]:
-    names = ("scores", "systems", "steps", "closest_pairs")
+    names = ("appearances", "scores", "systems", "steps", "closest_pairs")
     for i, name in enumerate(names):
         Image.new("L", (4, 3), 50 * i).save(tmp_path / f"{name}.png")
     return {name: tmp_path / f"{name}.png" for name in names}
@@ -84,14 +91,21 @@ def test_what_was_not_measured_has_no_section(results, pictures, tmp_path):
     def headings(measured: dict, shown: dict) -> list[str]:
         return re.findall("^## (.*)", write_report(measured, shown, tmp_path), re.M)
 
-    assert len(headings(results, pictures)) == 11
+    assert len(headings(results, pictures)) == 12
+    truth = (tmp_path / "report.md").read_text()
+    assert "costs 0.70 dB, and goes 85 % of the way" in truth and "| grey matter, from z_struct | 0.500 |" in truth
+    curves = {"donor": {"T1": 0.9}, "own": {"T1": 0.1}, "num_slices": 40}
+    write_report(results | {"exchange": {"curves": curves}}, pictures, tmp_path)
+    assert "| with that of the slice itself | 0.100 |" in (tmp_path / "report.md").read_text()
     alone = {name: results[name] for name in ALONE} | {"disentanglement": {"left_out": "too few subjects"}}
-    assert headings(alone, {}) == ["Overview", "Alignment", "Reconstruction", "Disentanglement"]
+    alone |= {"exchange": {"left_out": "no T1"}}
+    names = ["Overview", "One anatomy, many appearances", "Alignment", "Reconstruction", "Disentanglement"]
+    assert headings(alone, {}) == names and "Left out: no T1" in (tmp_path / "report.md").read_text()
     assert "Left out: too few subjects" in (tmp_path / "report.html").read_text()
     results["reconstruction"]["mask_dice"] = None
     del results["steps"], results["memorization"]
     shorter = headings(results, {name: pictures[name] for name in ("scores", "systems")})
-    assert len(shorter) == 9 and "Tumour mask" not in (tmp_path / "report.md").read_text()
+    assert len(shorter) == 10 and "Tumour mask" not in (tmp_path / "report.md").read_text()
     with pytest.raises(OSError, match="no.png"):
         write_report(alone, {"scores": tmp_path / "no.png"}, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -158,7 +158,8 @@ def open_baseline(folder: Path, modalities: list[str], size: int, device: str) -
     def generate(generators: list[torch.Generator]):
         output = model.sample(len(generators), generators, **options)
         images, masks = output if options else (output, None)
-        return images[:, columns].numpy(), None if masks is None else masks.numpy() > 0.5, None
+        block = {"images": images[:, columns].numpy()}
+        return block if masks is None else block | {"masks": masks.numpy() > 0.5}
 
     return comparison.System(name, str(folder), model.num_parameters(), generate, fingerprint(model))
 
@@ -208,6 +209,7 @@ def compare_systems(
         "claims": report.claims(report.mean_scores(fidelity)),
         "alignment": compared.alignment(samples, reference, segmenters, args.max_validation),
         "generation": {"num_subjects": count, "seconds_per_subject": seconds["DLDM"], **options, **spectra},
+        "styles": compared.styles(samples["DLDM"]["styles"], pipeline.autoencoder),
     }
     report.plot_scores(fidelity, pictures["scores"])
     report.systems_sheet(real.images, real.present, images, modalities, pictures["systems"])

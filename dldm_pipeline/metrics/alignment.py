@@ -109,9 +109,10 @@ def slices_of_others(subjects: list[str], seed: int = 0) -> np.ndarray:
     Subjects are put in a random order. Every slice takes the one that is as many places further on as the largest subject
     has slices. Returns int (N,); -1 for all where one subject has more than half of the slices.
     """
-    names, order = np.unique(subjects, return_inverse=True)
-    order = np.argsort(np.random.default_rng(seed).permutation(len(names))[order], kind="stable")
-    partners, shift = np.full(len(order), -1), np.unique(subjects, return_counts=True)[1].max()
+    names, own, counts = np.unique(subjects, return_inverse=True, return_counts=True)
+    place = np.argsort(np.random.default_rng(seed).permutation(len(names)))
+    order = np.argsort(place[own], kind="stable")
+    partners, shift = np.full(len(order), -1), counts.max()
     if 2 * shift <= len(order):
         partners[order] = np.roll(order, -shift)
     return partners

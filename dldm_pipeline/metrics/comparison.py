@@ -24,7 +24,7 @@ from dldm_pipeline.data.files import read_arrays, write_arrays
 from .alignment import evaluate_alignment
 from .cache import Cache, digest, fingerprint, hash_source
 from .disentanglement import evaluate_disentanglement
-from .exchange import appearance_probes, exchange_against_truth, exchange_of_curves
+from .exchange import appearance_probes, compare_styles, encode_styles, exchange_against_truth, exchange_of_curves
 from .features import FeatureExtractor, hash_weights
 from .fidelity import evaluate_fidelity, feature_scores
 from .images import Slices, to_uint8
@@ -43,15 +43,15 @@ class System:
 
     Attributes:
         name, folder, parameters: as in the tables, where it was read from, and how many it has.
-        generate: list of S generators → images (S, n, H, W) in [0, 1]; masks (S, H, W) and structure (S, c_s, h, w), each
-            of them None if there is none.
+        generate: list of S generators → `images` (S, n, H, W) in [0, 1] and, where there are such, `masks` (S, H, W),
+            `structure` (S, c_s, h, w) and `styles` (S, n, c_t).
         key: hash of all that the images depend on but the seeds.
     """
 
     name: str
     folder: str
     parameters: int
-    generate: Callable[[list[torch.Generator]], tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]
+    generate: Callable[[list[torch.Generator]], dict[str, np.ndarray]]
     key: str
 
 
@@ -60,7 +60,8 @@ def pipeline_system(pipeline, folder: str | os.PathLike, **options) -> System:
 
     def generate(generators: list[torch.Generator]):
         output = pipeline(num_subjects=len(generators), generator=generators, output_type="np", **options)
-        return output.images, output.masks, output.structure.cpu().numpy()
+        latents = {name: output[name].cpu().numpy() for name in ("structure", "styles")}
+        return {"images": output.images, "masks": output.masks, **latents}
 
     parts = pipeline.unet, pipeline.autoencoder
     parameters = sum(part.num_parameters() for part in parts)
@@ -73,8 +74,7 @@ def sample(system: System, count: int, seed: int, cache: Cache) -> dict[str, np.
     """Subjects from the seeds `seed`, `seed` + 1, ..., generated block by block; blocks in the cache are read.
 
     Returns:
-        `images` uint8 (S, n, H, W); `seconds` of each block; `masks` (S, H, W) bool and `structure` (S, c_s, h, w) where
-        the system has them.
+        What the system generates, its `images` as uint8, and the `seconds` of each block.
 
     Raises:
         ValueError: if the images hold NaN, or one modality is black throughout.
@@ -87,12 +87,11 @@ def sample(system: System, count: int, seed: int, cache: Cache) -> dict[str, np.
             block = read_arrays(path)
             if block is None:
                 started = time.perf_counter()
-                images, masks, structure = system.generate([torch.Generator().manual_seed(one) for one in seeds])
+                block = system.generate([torch.Generator().manual_seed(one) for one in seeds])
                 seconds = np.array([time.perf_counter() - started])
-                if not np.isfinite(images).all():
+                if not np.isfinite(block["images"]).all():
                     raise ValueError(f"{system.name} in {system.folder} generates NaN: its weights are damaged.")
-                block = {"images": to_uint8(images), "masks": masks, "structure": structure, "seconds": seconds}
-                block = {name: array for name, array in block.items() if array is not None}
+                block |= {"images": to_uint8(block["images"]), "seconds": seconds}
                 write_arrays(path, block, {"synthetic": "true", "system": system.name})
             blocks.append(block)
             bar.update(len(seeds))
@@ -254,6 +253,16 @@ class Comparison:
 
         inputs = [*vars(train).values(), *vars(self.real).values(), fingerprint(autoencoder)]
         return self._compare("memorization", samples, inputs, compute)
+
+    def styles(self, drawn: np.ndarray, autoencoder: torch.nn.Module) -> dict:
+        """[`~dldm_pipeline.metrics.exchange.compare_styles`] of drawn styles, and of one half of the real subjects'
+        (`validation_halves`), with those of real subjects that have all modalities."""
+        encoded = encode_styles(autoencoder, self.real.images[self.real.present.all(axis=1)] / np.float32(255))
+        if len(encoded) < 4:
+            return {"left_out": f"only {len(encoded)} held-out slices have all modalities"}
+        names = self.modalities
+        halves = compare_styles(encoded[::2], encoded[1::2], names)
+        return compare_styles(drawn, encoded, names) | {"validation_halves": halves}
 
     def spectra(self, images: np.ndarray) -> dict:
         """[`~dldm_pipeline.metrics.reconstruction.compare_spectra`] of generated images, uint8 (S, n, H, W), with real ones

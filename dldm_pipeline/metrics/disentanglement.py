@@ -127,9 +127,6 @@ def subject_probe(codes: np.ndarray, subjects: list[str], present: np.ndarray | 
         [query][gallery]; NaN on the diagonal, and for two that no slice has), `chance` (fraction of the gallery that is of
         the query's subject: the accuracy of a random pick), `auc` (probability that a code of the own subject is more
         similar than one of another; 0.5 is chance, whatever N) and `features` (their number).
-
-    Raises:
-        ValueError: if there are fewer than 8 subjects.
     """
     codes = np.array(codes, dtype=np.float64)
     count, n = codes.shape[:2]

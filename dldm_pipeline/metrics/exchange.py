@@ -31,7 +31,7 @@ from dldm_pipeline.appearance import random_curves
 from dldm_pipeline.data.sheet import appearances_sheet
 from dldm_pipeline.data.simulation import SimulatedSubject, simulate_subject
 
-from .reconstruction import dice, psnr
+from .reconstruction import dice, mean_of_known, psnr
 
 SEED = 977_004  # no training run has seen subjects of this seed
 TISSUES = ("white", "grey", "csf")
@@ -126,7 +126,7 @@ def _white_dice(subjects: Sequence[SimulatedSubject], rebuilt: np.ndarray, t1: i
         healthy = (subject.tissues["white"] + subject.tissues["grey"] + subject.tissues["csf"]) > PURE
         if np.isfinite(white + grey):
             scores.append(dice((subject.tissues["white"] > 0.5) & healthy, (image > (white + grey) / 2) & healthy))
-    return np.mean(scores)
+    return mean_of_known(np.array(scores))
 
 
 @lru_cache(maxsize=1)
@@ -148,7 +148,8 @@ def appearance_probes(
     The penalty is chosen by leave-one-out among the training subjects.
 
     Returns:
-        dict with `style` and `structure`, tissue -> modality -> R² on the test subjects (0: no better than their mean), and
+        dict with `style` and `structure`, tissue -> modality -> R² on the test subjects (0: no better than their mean; NaN
+        where the images are too small to show the tissue), and
         for each `..._white_grey_min`, `..._white_grey_max` and `..._csf_min`.
     """
     names, size = list(autoencoder.config.modalities), autoencoder.config.sample_size
@@ -164,13 +165,52 @@ def appearance_probes(
             for m, name in enumerate(names):
                 codes = structure if kind == "structure" else styles[:, m]
                 probe = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
-                result[kind][tissue][name] = float(
-                    probe.fit(codes[train], means[train, m, t]).score(codes[test], means[test, m, t])
-                )
+                score = np.nan
+                if min(train.sum(), test.sum()) > 1:
+                    score = probe.fit(codes[train], means[train, m, t]).score(codes[test], means[test, m, t])
+                result[kind][tissue][name] = float(score)
     for kind in ("style", "structure"):
         both = [value for tissue in ("white", "grey") for value in result[kind][tissue].values()]
         result[f"{kind}_white_grey_min"], result[f"{kind}_white_grey_max"] = min(both), max(both)
         result[f"{kind}_csf_min"] = min(result[kind]["csf"].values())
+    return result
+
+
+def encode_styles(autoencoder: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    """Styles (N, n, c_t) of images (N, n, H, W) in [0, 1]."""
+    return _encode(autoencoder, images)[1].numpy()
+
+
+def compare_styles(drawn: np.ndarray, encoded: np.ndarray, modalities: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Whether drawn styles are as varied as encoded ones, and as related between the modalities of a subject.
+
+    Args:
+        drawn, encoded: (S, n, c_t) and (N, n, c_t), of all modalities of a subject each.
+        modalities: the n names.
+
+    Returns:
+        Each modality -> number, with everything in units of the encoded styles' standard deviation: `shift` (root mean
+        square over channels of the difference of means; 0 is best), `spread` (root mean square of the drawn styles'
+        deviation; 1 is best), `covariance` (distance of the covariance matrices over the size of the encoded one,
+        Frobenius; 0 is best) and `relation` (how much of the covariance with the other modalities' styles is there, by
+        regression of its entries; 1 is best, and 0 where modalities are drawn without regard to each other).
+    """
+    n, channels = encoded.shape[1:]
+    scale = np.maximum(encoded.std(axis=0), 1e-6)
+    ours, theirs = ((styles / scale).astype(np.float64) for styles in (drawn, encoded))
+    covariances = []
+    for styles in (ours, theirs):
+        centred = (styles - styles.mean(axis=0)).reshape(len(styles), -1)
+        covariances.append((centred.T @ centred / len(styles)).reshape(n, channels, n, channels))
+    result: dict[str, dict[str, float]] = {key: {} for key in ("shift", "spread", "covariance", "relation")}
+    for m, name in enumerate(modalities):
+        mine, true = (one[m, :, m] for one in covariances)
+        mine_other, true_other = (np.delete(one[m], m, axis=1) for one in covariances)
+        result["shift"][name] = float(np.sqrt(((ours[:, m].mean(axis=0) - theirs[:, m].mean(axis=0)) ** 2).mean()))
+        result["spread"][name] = float(np.sqrt(np.trace(mine) / channels))
+        result["covariance"][name] = float(np.linalg.norm(mine - true) / np.linalg.norm(true))
+        related = np.sum(true_other**2)
+        result["relation"][name] = float(np.sum(mine_other * true_other) / related) if related else np.nan
     return result
 
 

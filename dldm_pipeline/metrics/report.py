@@ -44,6 +44,12 @@ CLAIM_TITLES = {
     "recall_share": f"recall, DLDM over the {SECOND}",
 }
 TISSUE_TITLES = {"white": "white matter", "grey": "grey matter", "csf": "CSF"}
+STYLE_TITLES = {
+    "shift": "difference of means",
+    "spread": "spread",
+    "covariance": "difference of covariances",
+    "relation": "relation to the other modalities",
+}
 PROBE_TITLES = {
     "style": "z_style",
     "structure_mean": "z_struct of one modality, mean over space",
@@ -183,6 +189,10 @@ def build_tables(results: dict) -> dict:
     tables = _alignment_tables(results["alignment"], results["segmenter_dice"])
     tables |= _reconstruction_tables(results["reconstruction"])
     tables |= _exchange_tables(results.get("exchange", {}))
+    if "left_out" not in results.get("styles", {"left_out": ""}):
+        tables["styles"] = [["", *results["reconstruction"]["modalities"]]]
+        for kind, styles in (("drawn", results["styles"]), ("one half", results["styles"]["validation_halves"])):
+            tables["styles"] += [[f"{title}, {kind}", *styles[key].values()] for key, title in STYLE_TITLES.items()]
     if "left_out" not in results["disentanglement"]:
         tables |= _probe_tables(results["disentanglement"])
     if "fidelity" in results:

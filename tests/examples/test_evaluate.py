@@ -91,6 +91,7 @@ def test_full_report(script, full):
     assert list(stored["alignment"]) == ["validation", "rebuilt", *systems]
     assert stored["fidelity"]["plain LDM"]["num_images"]["T1"] == {"real": 6, "generated": 6, "floor": 6}
     assert stored["fidelity"]["DLDM"]["floor"] == stored["fidelity"]["StyleGAN2"]["floor"]
+    assert stored["styles"]["spread"]["T2"] > 0 and len(stored["styles"]["validation_halves"]) == 4
     assert stored["reconstruction"]["num_subjects"] == 10 and set(stored["segmenter_dice"]) == set(NAMES)
     assert stored["alignment"]["DLDM"]["mask_agreement"]["WB"] is not None
     assert stored["alignment"]["plain LDM"]["mask_agreement"]["WB"] is None  # it has no masks
@@ -138,12 +139,13 @@ def test_a_second_run_computes_only_what_changed(script, folders, extractor, ful
 
 def test_modalities_of_a_compared_system_are_sorted(script, folders):
     system = script.open_baseline(folders["stylegan2"], NAMES, 32, "cpu")
-    images, masks, structure = system.generate([torch.Generator().manual_seed(3)])
+    block = system.generate([torch.Generator().manual_seed(3)])
+    images, masks = block["images"], block["masks"]
     from stylegan2 import StyleGAN2
 
     expected = StyleGAN2.from_pretrained(folders["stylegan2"]).sample(1, [torch.Generator().manual_seed(3)])
     np.testing.assert_array_equal(images, expected[:, [1, 2, 0]].numpy())
-    assert masks.shape == (1, 32, 32) and structure is None
+    assert masks.shape == (1, 32, 32)
 
 
 def test_without_a_dataset_and_without_the_extras(script, folders, extractor, tmp_path):
@@ -179,7 +181,8 @@ def test_an_autoencoder_alone_gives_the_same_figures(script, folders, full, tmp_
     alone = script.main([f"--autoencoder={folders['pipeline'] / 'autoencoder'}", *options])
     assert cached(tmp_path) == before and alone["reconstruction"] == full[1]["reconstruction"]
     assert list(alone["alignment"]) == ["validation", "rebuilt"] and "generation" not in alone
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "metrics.json", "report.html", "report.md"]
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"cache", "figures", "metrics.json", "report.html", "report.md"}
 
 
 def test_bad_input_is_named_in_one_line(refused, folders, broken, tmp_path):

@@ -36,7 +36,7 @@ def noise_system(calls: list[int], scale: float = 1.0, key: str = "noise") -> Sy
     def generate(generators: list[torch.Generator]):
         calls.append(len(generators))
         images = torch.stack([torch.rand(3, 32, 32, generator=one) for one in generators]).numpy() * scale
-        return images, images[:, 0] > 0.9, None
+        return {"images": images, "masks": images[:, 0] > 0.9}
 
     return System("noise", "nowhere", 0, generate, key)
 
@@ -66,12 +66,13 @@ def test_subjects_are_generated_in_blocks_and_kept_and_refused_where_they_show_n
 def test_a_pipeline_as_a_system(tiny_pipeline):
     options = dict(num_inference_steps=2, num_style_inference_steps=1)
     system = pipeline_system(tiny_pipeline, "folder", **options)
-    images, masks, structure = system.generate([torch.Generator().manual_seed(seed) for seed in (4, 5)])
+    block = system.generate([torch.Generator().manual_seed(seed) for seed in (4, 5)])
     generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
     expected = tiny_pipeline(2, generator=generators, output_type="np", **options)
-    np.testing.assert_array_equal(images, expected.images)
-    np.testing.assert_array_equal(structure, expected.structure.numpy())
-    assert masks.shape == (2, 32, 32) and system.parameters > 1000
+    np.testing.assert_array_equal(block["images"], expected.images)
+    for name in ("structure", "styles"):
+        np.testing.assert_array_equal(block[name], expected[name].numpy())
+    assert block["masks"].shape == (2, 32, 32) and system.parameters > 1000
     assert pipeline_system(tiny_pipeline, "moved", **options).key == system.key
     assert pipeline_system(tiny_pipeline, "folder", num_inference_steps=3).key != system.key
 

@@ -90,6 +90,22 @@ def test_white_matter_follows_the_donor_of_a_style_or_the_structure():
         exchange.exchange_of_curves(Renderer(), [items[0], items[0], lacking])
 
 
+def test_drawn_styles_are_compared_with_encoded_ones():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(4000, 1, 3))  # one scanner for both modalities
+    encoded = np.array([2.0, 5.0, 1.0]) * (shared + 0.5 * rng.normal(size=(4000, 2, 3)))
+    same = exchange.compare_styles(encoded[::2], encoded[1::2], NAMES)
+    alone = np.stack([encoded[:, 0], np.roll(encoded[:, 1], 1, axis=0)], axis=1)  # another subject's
+    fewer = 0.5 * alone + encoded.std(axis=0)
+    unrelated, narrow = (exchange.compare_styles(drawn, encoded, NAMES) for drawn in (alone, fewer))
+    for name in NAMES:
+        assert same["shift"][name] < 0.1 and same["covariance"][name] < 0.1
+        assert same["spread"][name] == pytest.approx(1, abs=0.05) == same["relation"][name]
+        assert unrelated["spread"][name] == pytest.approx(1) and abs(unrelated["relation"][name]) < 0.1
+        assert narrow["spread"][name] == pytest.approx(0.5) and narrow["covariance"][name] == pytest.approx(0.75)
+        assert narrow["shift"][name] == pytest.approx(1, abs=0.05)
+
+
 def test_a_sheet_shows_anatomies_in_each_others_appearances(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(exchange, "appearances_sheet", lambda images, *_: drawn.update(images=images))

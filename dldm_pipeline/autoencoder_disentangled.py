@@ -151,6 +151,7 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         structure_shift, structure_scale: c_s values; `(z - shift) / scale` is what the diffusion model learns. Measured
             over the whole training set at the end of training; None until then.
         style_shift, style_scale: c_t values, likewise.
+        style_relation: (n * c_t, n * c_t), correlation of the noise from which the styles of one subject are drawn.
         noise_level: n values, the standard deviation of the scanner's noise in each modality's images. A decoder trained with
             squared error predicts the mean, so rebuilt images lack it; `DLDMPipeline` adds as much.
 
@@ -181,13 +182,13 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         structure_scale: list[float] | None = None,
         style_shift: list[float] | None = None,
         style_scale: list[float] | None = None,
+        style_relation: list[list[float]] | None = None,
         noise_level: list[float] | None = None,
     ):
         super().__init__()
         self.gradient_checkpointing = False
-        is_list = isinstance(modalities, (list, tuple)) and len(modalities) > 0
-        named = is_list and all(isinstance(name, str) and name.strip() for name in modalities)
-        if not named or len(set(modalities)) < len(modalities):
+        named = isinstance(modalities, (list, tuple)) and all(isinstance(n, str) and n.strip() for n in modalities)
+        if not named or not modalities or len(set(modalities)) < len(modalities):
             raise ValueError(f"`modalities` must be a non-empty list of different names, got {modalities!r}.")
         if num_regions not in (1, 3):
             raise ValueError(f"`num_regions` must be 1 or 3, got {num_regions!r}.")
@@ -245,7 +246,6 @@ class DisentangledAutoencoder(ModelMixin, ConfigMixin):
         for head, channels in ((self.structure_out[-1], structure_channels), (self.style_out[-1], style_channels)):
             # Posteriors start narrow (standard deviation 0.05), or their noise would hide the first signal.
             nn.init.constant_(head.bias[channels:], -6.0)
-        # The linear maps start at zero and grow with training.
         for layer in (self.encoder_linear, self.decoder_linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -97,11 +97,11 @@ def measure_noise(model: DisentangledAutoencoder, loader: Iterable[dict[str, tor
 def measure_latents(model: DisentangledAutoencoder, loader: Iterable[dict[str, torch.Tensor]]) -> None:
     """Measure latents over the whole training set and keep the result in the model.
 
-    Mean and standard deviation of every channel go to the config. The mean difference between the structure of one modality
-    alone and that of all goes to `structure_offset`, which `encode` takes off; otherwise the structure tells which modality
-    it came from.
+    Mean and standard deviation of every channel, and how a subject's styles are related, go to the config. The mean
+    difference between the structure of one modality alone and that of all goes to `structure_offset`, which `encode` takes
+    off; otherwise the structure tells which modality it came from.
     """
-    sums = {"structure": [0.0, 0.0, 0], "style": [0.0, 0.0, 0]}
+    total, squares, count, styles, known = 0.0, 0.0, 0, [], []
     offset = torch.zeros_like(model.structure_offset, dtype=torch.float64)
     counts = torch.zeros(model.num_modalities, device=model.device)
     model.structure_offset.zero_()
@@ -114,16 +114,50 @@ def measure_latents(model: DisentangledAutoencoder, loader: Iterable[dict[str, t
         for m, output in enumerate(single):
             offset[m] += (output.structure_dist.mode() - structure)[present[:, m]].double().sum(dim=0)
             counts[m] += present[:, m].sum()
-        for kind, z in (("structure", structure), ("style", full.style_dist.mode()[present])):
-            z = z.double().transpose(0, 1).flatten(1)
-            sums[kind][0] += z.sum(dim=1)
-            sums[kind][1] += (z**2).sum(dim=1)
-            sums[kind][2] += z.shape[1]
+        structure = structure.double().transpose(0, 1).flatten(1)
+        total, squares, count = (
+            total + structure.sum(dim=1),
+            squares + (structure**2).sum(dim=1),
+            count + structure.shape[1],
+        )
+        styles.append(full.style_dist.mode().double().cpu())
+        known.append(present.cpu())
     model.structure_offset.copy_(offset / counts.clamp(min=1)[:, None, None, None])
-    for kind, (total, squares, count) in sums.items():
-        mean = total / count
-        std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
-        model.register_to_config(**{f"{kind}_shift": mean.tolist(), f"{kind}_scale": std.tolist()})
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
+    styles, known = torch.cat(styles), torch.cat(known)
+    model.register_to_config(
+        structure_shift=mean.tolist(),
+        structure_scale=std.tolist(),
+        style_shift=styles[known].mean(dim=0).tolist(),
+        style_scale=styles[known].std(dim=0, correction=0).clamp(min=1e-6).tolist(),
+        style_relation=style_relation(styles[known.all(dim=1)]),
+    )
+
+
+def style_relation(styles: torch.Tensor) -> list[list[float]] | None:
+    """Correlation of the noise from which related styles are drawn: styles without the covariance within each modality.
+
+    A sampler turns noise N(0, 1) into styles of covariance C as C^(1/2) does. So noise that is correlated like C^(-1/2) style
+    gives styles that are correlated between modalities, too, and each modality's noise stays N(0, 1).
+
+    Args:
+        styles: (N, n, c_t), of subjects with all modalities.
+
+    Returns:
+        (n * c_t, n * c_t), or `None` if the subjects are fewer than twice as many.
+    """
+    count, n, channels = styles.shape
+    if count < 2 * n * channels:
+        return None
+    centred = styles - styles.mean(dim=0)
+    values, vectors = torch.linalg.eigh(torch.einsum("sni,snj->nij", centred, centred) / count)
+    roots = vectors * values.clamp(min=1e-6 * values.max()).rsqrt()[:, None] @ vectors.mT
+    white = torch.einsum("sni,nij->snj", centred, roots).flatten(1)
+    identity = torch.eye(n * channels, dtype=styles.dtype)
+    within = torch.block_diag(*[torch.ones(channels, channels)] * n).bool()
+    relation = torch.where(within, identity, white.mT @ white / count)
+    return (0.99 * relation + 0.01 * identity).mul(1e4).round().div(1e4).tolist()
 
 
 @torch.no_grad()

@@ -7,23 +7,21 @@ sibling only: it is also published as remote code.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 # Relative, because the siblings lie side by side as remote code and no package is there.
-from .pipeline_utils import DLDMPipelineOutput, PipelineLoadingMixin, check_components, check_scheduler
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+from .pipeline_utils import DLDMPipelineOutput, PipelineMixin, check_components, check_scheduler
 
 
-class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
+class DLDMPipeline(PipelineMixin, DiffusionPipeline):
     r"""
     Pipeline that generates subjects whose modalities share one anatomy, with their tumour masks.
 
@@ -31,8 +29,9 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
     Notation: S subjects, n modalities known, M modalities asked for. The denoiser's class labels are m for the pair
-    (z_struct, z_style_m) with both noised, n for its null; (n + 1) + m for z_style_m noised beside the clean z_struct,
-    2n + 1 for its null. A style is noised as a vector, shown to the denoiser as a flat map, and read back as its mean.
+    (z_struct, z_style_m) with both noised, n for its null; (n + 1) + m for z_style_m noised beside the clean z_struct
+    averaged to a coarse grid, 2n + 1 for its null. A style is noised as a vector, shown to the denoiser as a flat map, and
+    read back as its mean.
 
     Parameters:
         autoencoder ([`DisentangledAutoencoder`]):
@@ -42,19 +41,25 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
             Denoises the latents; `in_channels = out_channels = c_s + c_t`, `num_class_embeds = 2 * (n + 1)`.
         scheduler ([`SchedulerMixin`]):
             Any of diffusers for a beta schedule with noise from a generator; take it `from_config` of the pipeline's own.
+        style_grid (`int`, *optional*):
+            Styles are sampled beside the structure averaged to this height and width, as the `unet` was trained to; `None`
+            is the structure as it is.
 
     Raises:
-        ValueError: if the `unet` does not fit the `autoencoder`, or on a scheduler that cannot work.
+        ValueError: if the `unet` does not fit the `autoencoder`, or on a scheduler or a `style_grid` that cannot work.
     """
 
     model_cpu_offload_seq = "unet->autoencoder"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, autoencoder: ModelMixin, unet: UNet2DModel, scheduler: SchedulerMixin):
+    def __init__(
+        self, autoencoder: ModelMixin, unet: UNet2DModel, scheduler: SchedulerMixin, style_grid: int | None = None
+    ):
         super().__init__()
-        check_components(autoencoder, unet)
+        check_components(autoencoder, unet, style_grid)
         check_scheduler(scheduler)
         self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
+        self.register_to_config(style_grid=style_grid)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
 
@@ -128,7 +133,7 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step, timestep, {"latents": ...})` after each step, of all S subjects whatever
                 the `batch_size`; `step` counts on from the structure's steps to the styles'. The latents are (S, c_s + c_t,
-                h, w), then (S * M, c_s + c_t, h, w); those in the dictionary it returns replace them.
+                h, w), then (S * M, c_s + c_t, g, g) with g = `style_grid`; those in the dictionary it returns replace them.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 What the callback is given.
 
@@ -201,62 +206,6 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return output if return_dict else tuple(vars(output).values())
 
-    def check_inputs(
-        self,
-        num_subjects: int,
-        modalities: list[str],
-        num_inference_steps: int,
-        num_style_inference_steps: int,
-        guidance_scale: float,
-        eta: float,
-        noise_scale: float,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        structure: torch.Tensor | None,
-        styles: torch.Tensor | None,
-        batch_size: int | None,
-        output_type: str,
-        callback_inputs: Sequence[str],
-    ) -> None:
-        """Raises a `ValueError` that names the first argument of `__call__` that does not fit."""
-        config, grid = self.autoencoder.config, (self.autoencoder.latent_size,) * 2
-        known, inputs = list(config.modalities), {*self._callback_tensor_inputs}
-        distinct = len(set(modalities)) == len(modalities) > 0
-        counts = {
-            "num_subjects": num_subjects,
-            "num_inference_steps": num_inference_steps,
-            "num_style_inference_steps": num_style_inference_steps,
-            "batch_size": 1 if batch_size is None else batch_size,
-        }
-        for name, value, fits, expected in (
-            *((k, v, type(v) is int and v >= 1, "a whole number of at least 1") for k, v in counts.items()),
-            ("modalities", modalities, distinct and {*modalities} <= {*known}, f"some of {known}, none twice"),
-            ("guidance_scale", guidance_scale, 1 <= guidance_scale < math.inf, "at least 1 (no guidance)"),
-            ("eta", eta, 0 <= eta < 1, "at least 0 and below 1, such as 0.9"),
-            ("noise_scale", noise_scale, 0 <= noise_scale < math.inf, "at least 0 (no noise)"),
-            ("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {list(OUTPUT_TYPES)}"),
-            ("callback_on_step_end_tensor_inputs", callback_inputs, {*callback_inputs} <= inputs, f"some of {inputs}"),
-        ):
-            if not fits:
-                raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
-        if isinstance(generator, (list, tuple)) and len(generator) != num_subjects:
-            raise ValueError(
-                f"`generator` must be one generator or one for each of the {num_subjects} subjects, got {len(generator)}."
-            )
-        for name, value, shape in (
-            ("structure", structure, (config.structure_channels, *grid)),
-            ("styles", styles, (len(modalities), config.style_channels)),
-        ):
-            if value is None:
-                continue
-            if not torch.is_tensor(value):
-                raise ValueError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}.")
-            if tuple(value.shape[1:]) != shape or value.shape[0] not in (1, num_subjects):
-                raise ValueError(
-                    f"`{name}` must have the shape {(num_subjects, *shape)} for `num_subjects={num_subjects}` and "
-                    f"`modalities={modalities}` (or 1 in place of {num_subjects}), got {tuple(value.shape)}."
-                )
-        check_scheduler(self.scheduler)
-
     def _batch_size(self, batch_size: int | None) -> int:
         return batch_size or (8 if self._execution_device.type == "cpu" else 64)
 
@@ -304,8 +253,10 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
             structure, style, modality = start
             structure = self.autoencoder.normalize_structure(structure.float()).flatten(1)
             options["start"] = torch.cat([structure, self.autoencoder.normalize_style(style.float())], dim=1)
-        seeds = [seed[0] for seed in seeds or self._draw_seeds(num_subjects, generator)]
-        state = self._denoise(modality, seeds, num_inference_steps, **options)
+        seeds = seeds or self._draw_seeds(num_subjects, generator)
+        generators = [torch.Generator().manual_seed(seed[0]) for seed in seeds]
+        noise = self._draw_noise(generators, config.structure_channels * grid[0] * grid[1] + config.style_channels)
+        state = self._denoise(modality, noise, generators, num_inference_steps, **options)
         structure = state[:, : -config.style_channels].unflatten(1, (config.structure_channels, *grid))
         return self.autoencoder.denormalize_structure(structure)
 
@@ -314,16 +265,31 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
     ) -> torch.Tensor:
         """Samples the styles (S, M, c_t) of the modalities `wanted` given structures (S, c_s, h, w), both on the
         autoencoder's scale; `options` go to `_denoise`."""
-        modality = torch.tensor(wanted * len(structure))
-        style_seeds = [seed[1 + m] for seed in seeds for m in wanted]
+        config, subjects = self.autoencoder.config, len(structure)
+        n, channels = len(config.modalities), config.style_channels
         z_struct = self.autoencoder.normalize_structure(structure)
-        state = self._denoise(modality, style_seeds, num_inference_steps, z_struct=z_struct, **options)
-        return self.autoencoder.denormalize_style(state.unflatten(0, (len(structure), len(wanted))))
+        if self.config.style_grid:
+            z_struct = F.adaptive_avg_pool2d(z_struct, self.config.style_grid)
+        # The noise of all modalities, wanted or not, because it is related as the styles of one subject are.
+        generators = [torch.Generator().manual_seed(seed) for one in seeds for seed in one[1 : n + 1]]
+        noise = self._draw_noise(generators, channels).view(subjects, n * channels)
+        if config.get("style_relation"):
+            noise = noise @ torch.linalg.cholesky(noise.new_tensor(config.style_relation)).T
+        noise = noise.view(subjects, n, channels)[:, wanted].flatten(0, 1)
+        generators = [generators[s * n + m] for s in range(subjects) for m in wanted]
+        modality = torch.tensor(wanted * subjects)
+        state = self._denoise(modality, noise, generators, num_inference_steps, z_struct=z_struct, **options)
+        return self.autoencoder.denormalize_style(state.unflatten(0, (subjects, len(wanted))))
+
+    def _draw_noise(self, generators: list[torch.Generator], numbers: int) -> torch.Tensor:
+        shape = (len(generators), numbers)
+        return randn_tensor(shape, generators, self._execution_device, torch.float32)
 
     def _denoise(
         self,
         modality: torch.Tensor,
-        seeds: list[int],
+        noise: torch.Tensor,
+        generators: list[torch.Generator],
         num_inference_steps: int,
         batch_size: int | None = None,
         z_struct: torch.Tensor | None = None,
@@ -338,8 +304,8 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
 
         Args:
             modality: (R,) indices, those of a subject side by side.
-            seeds: R seeds, one for all the noise of a row.
-            z_struct: (S, c_s, h, w), normalised, or `None`.
+            noise: of R rows as they are returned; `generators` are R for the noise of further steps.
+            z_struct: (S, c_s, g, g), normalised, or `None`.
             start: clean rows as they are returned, to begin from with the noise that `strength` says; `None` for pure noise.
 
         Returns:
@@ -348,7 +314,7 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
         device, config, grid = self._execution_device, self.autoencoder.config, self.autoencoder.latent_size
         sampled, first_label, rows = config.structure_channels, 0, self._batch_size(batch_size)
         if z_struct is not None:
-            count = len(seeds) // len(z_struct)
+            count, grid = len(noise) // len(z_struct), z_struct.shape[-1]
             sampled, first_label, rows = 0, len(config.modalities) + 1, rows * count
             z_struct = z_struct.repeat_interleave(count, dim=0)
         labels = modality.to(device) + first_label
@@ -371,15 +337,12 @@ class DLDMPipeline(PipelineLoadingMixin, DiffusionPipeline):
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (len(seeds), sampled * grid**2 + config.style_channels)
-        state = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
         if start is None:
-            state = state * self.scheduler.init_noise_sigma
+            state = noise * self.scheduler.init_noise_sigma
         else:
             skipped = (num_inference_steps - max(round(strength * num_inference_steps), 1)) * self.scheduler.order
             timesteps = timesteps[skipped:]
-            state = self.scheduler.add_noise(start.to(device), state, timesteps[:1].expand(len(state)))
+            state = self.scheduler.add_noise(start.to(device), noise, timesteps[:1].expand(len(noise)))
 
         accepted = inspect.signature(self.scheduler.step).parameters
         step_options = {k: v for k, v in (("eta", eta), ("generator", generators)) if k in accepted}

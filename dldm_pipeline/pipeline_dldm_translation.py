@@ -88,7 +88,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
             generator (`torch.Generator` or a list of them, *optional*):
                 As in [`DLDMPipeline`]: the same generator and structure give the same images there and here.
             callback_on_step_end (`Callable`, *optional*):
-                As in [`DLDMPipeline`], with the latents (S * k, c_s + c_t, h, w) of the k modalities whose style is sampled.
+                As in [`DLDMPipeline`], with the latents (S * k, c_s + c_t, g, g) of the k modalities whose style is sampled.
 
         Examples:
 

@@ -6,8 +6,10 @@ This file imports torch and diffusers only: it is also published as remote code.
 import copy
 import inspect
 import json
+import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from huggingface_hub import snapshot_download
 # The modules that a saved pipeline carries with it.
 PIPELINE_MODULES = {"DLDMPipeline": "pipeline_dldm", "DLDMTranslationPipeline": "pipeline_dldm_translation"}
 AUTOENCODER_MODULE = "autoencoder_disentangled"
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
@@ -66,9 +69,13 @@ class DLDMPipelineOutput(BaseOutput):
         return {name: self.images[:, m] for m, name in enumerate(self.modalities)}
 
 
-def check_components(autoencoder: ModelMixin, unet: UNet2DModel) -> None:
+def check_components(autoencoder: ModelMixin, unet: UNet2DModel, style_grid: int | None = None) -> None:
     """Raises a `ValueError` if the denoiser's input, output or labels are not those that the autoencoder needs."""
-    n, grid = len(autoencoder.config.modalities), autoencoder.latent_size
+    smallest, grid = 2 ** (len(unet.config.block_out_channels) - 1), autoencoder.latent_size
+    fitting = [size for size in range(smallest, grid + 1, smallest) if grid % size == 0]
+    if style_grid is not None and style_grid not in fitting:
+        raise ValueError(f"`style_grid` must be one of {fitting} for this unet and autoencoder, got {style_grid!r}.")
+    n = len(autoencoder.config.modalities)
     channels = autoencoder.config.structure_channels + autoencoder.config.style_channels
     size = unet.config.sample_size
     for name, value, expected in (
@@ -130,8 +137,9 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             )
 
 
-class PipelineLoadingMixin:
-    """Loading and saving of a pipeline whose folder carries its modules; to be inherited before `DiffusionPipeline`."""
+class PipelineMixin:
+    """Loading and saving of a pipeline whose folder carries its modules, and checks of a call's arguments; to be inherited
+    before `DiffusionPipeline`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DiffusionPipeline":
@@ -193,6 +201,62 @@ class PipelineLoadingMixin:
         """Writes `model_index.json` and the modules beside the weights; `save_pretrained` calls it, `push_to_hub` too."""
         super().save_config(save_directory, **kwargs)
         add_modules(save_directory)
+
+    def check_inputs(
+        self,
+        num_subjects: int,
+        modalities: list[str],
+        num_inference_steps: int,
+        num_style_inference_steps: int,
+        guidance_scale: float,
+        eta: float,
+        noise_scale: float,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        structure: torch.Tensor | None,
+        styles: torch.Tensor | None,
+        batch_size: int | None,
+        output_type: str,
+        callback_inputs: Sequence[str],
+    ) -> None:
+        """Raises a `ValueError` that names the first argument of `__call__` that does not fit."""
+        config, grid = self.autoencoder.config, (self.autoencoder.latent_size,) * 2
+        known, inputs = list(config.modalities), {*self._callback_tensor_inputs}
+        distinct = len(set(modalities)) == len(modalities) > 0
+        counts = {
+            "num_subjects": num_subjects,
+            "num_inference_steps": num_inference_steps,
+            "num_style_inference_steps": num_style_inference_steps,
+            "batch_size": 1 if batch_size is None else batch_size,
+        }
+        for name, value, fits, expected in (
+            *((k, v, type(v) is int and v >= 1, "a whole number of at least 1") for k, v in counts.items()),
+            ("modalities", modalities, distinct and {*modalities} <= {*known}, f"some of {known}, none twice"),
+            ("guidance_scale", guidance_scale, 1 <= guidance_scale < math.inf, "at least 1 (no guidance)"),
+            ("eta", eta, 0 <= eta < 1, "at least 0 and below 1, such as 0.9"),
+            ("noise_scale", noise_scale, 0 <= noise_scale < math.inf, "at least 0 (no noise)"),
+            ("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {list(OUTPUT_TYPES)}"),
+            ("callback_on_step_end_tensor_inputs", callback_inputs, {*callback_inputs} <= inputs, f"some of {inputs}"),
+        ):
+            if not fits:
+                raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
+        if isinstance(generator, (list, tuple)) and len(generator) != num_subjects:
+            raise ValueError(
+                f"`generator` must be one generator or one for each of the {num_subjects} subjects, got {len(generator)}."
+            )
+        for name, value, shape in (
+            ("structure", structure, (config.structure_channels, *grid)),
+            ("styles", styles, (len(modalities), config.style_channels)),
+        ):
+            if value is None:
+                continue
+            if not torch.is_tensor(value):
+                raise ValueError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}.")
+            if tuple(value.shape[1:]) != shape or value.shape[0] not in (1, num_subjects):
+                raise ValueError(
+                    f"`{name}` must have the shape {(num_subjects, *shape)} for `num_subjects={num_subjects}` and "
+                    f"`modalities={modalities}` (or 1 in place of {num_subjects}), got {tuple(value.shape)}."
+                )
+        check_scheduler(self.scheduler)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DiffusionPipeline":

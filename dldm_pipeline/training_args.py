@@ -142,12 +142,13 @@ class LDMArgs(TrainingArgs):
     attention_head_dim: int = option(32, "channels of one attention head")
     dropout: float = option(0.0, "in residual blocks; for small data sets 0.1")
     conditional_fraction: float = option(0.25, "of the batch: noised style beside the clean structure")
+    style_grid: int = option(4, "height and width to which that structure is averaged: styles need no detail")
     label_dropout: float = option(0.1, "fraction of labels turned to null, for guidance")
     style_weight: float = option(0.25, "weight of the style's error against the structure's")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, 1, math.inf, "block_out_channels", "layers_per_block", "attention_head_dim")
+        require(self, 1, math.inf, "block_out_channels", "layers_per_block", "attention_head_dim", "style_grid")
         require(self, 0, math.inf, "attention_sizes", "style_weight")
         require(self, 0, 1, "dropout", "conditional_fraction", "label_dropout")
 

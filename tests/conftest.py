@@ -62,7 +62,7 @@ def make_pipeline(autoencoder: DisentangledAutoencoder) -> DLDMPipeline:
         timestep_spacing="trailing",
         clip_sample=False,
     )
-    pipeline = DLDMPipeline(autoencoder, unet, scheduler)
+    pipeline = DLDMPipeline(autoencoder, unet, scheduler, style_grid=2)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

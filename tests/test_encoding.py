@@ -11,6 +11,7 @@ from dldm_pipeline.encoding import (
     measure_latents,
     measure_noise,
     random_subset,
+    style_relation,
     validate_autoencoder,
 )
 
@@ -104,6 +105,23 @@ def test_normalised_latents_have_zero_mean_and_unit_deviation(tiny_autoencoder):
     for z in (structure.transpose(0, 1).flatten(1), style.T):
         torch.testing.assert_close(z.mean(dim=1), torch.zeros(len(z)), rtol=0, atol=1e-3)
         torch.testing.assert_close(z.std(dim=1, unbiased=False), torch.ones(len(z)), rtol=1e-2, atol=0)
+
+
+def test_the_relation_of_styles_is_that_between_modalities():
+    generator = torch.Generator().manual_seed(0)
+    shared, own = (torch.randn(5000, n, 4, generator=generator, dtype=torch.float64) for n in (1, 3))
+    mixing = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
+    styles = torch.einsum("snc,ncd->snd", 0.8 * shared + 0.6 * own, mixing)
+    relation = torch.tensor(style_relation(styles), dtype=torch.float64)
+    torch.testing.assert_close(relation, relation.T)
+    assert torch.linalg.eigvalsh(relation).min() > 0
+    # Noise with this relation, made as wide as the styles of each modality, has the styles' covariance.
+    values, vectors = torch.linalg.eigh(torch.einsum("sni,snj->nij", styles, styles) / 5000)
+    roots = torch.block_diag(*(vectors * values.sqrt()[:, None] @ vectors.mT))
+    covariance = torch.cov(styles.flatten(1).T)
+    made = roots @ relation @ roots.T
+    assert (made - covariance).norm() < 0.02 * covariance.norm()
+    assert style_relation(styles[:20]) is None  # too few to tell
 
 
 def test_measured_noise_is_that_of_the_images():

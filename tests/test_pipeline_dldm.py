@@ -5,7 +5,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import UNet2DModel
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
@@ -188,7 +189,9 @@ def test_latents_reach_a_known_answer(pipe):
     """The scheduler, the flat state and the scales of the latents bring a denoiser's answer to the output."""
     answer = torch.randn(7, 4, 4, generator=seeded(1))
     pipe.scheduler.register_to_config(prediction_type="sample")
-    pipe.unet.forward = lambda x, t, class_labels: UNet2DOutput(sample=answer.expand(len(x), -1, -1, -1))
+    pipe.unet.forward = lambda x, t, class_labels: UNet2DOutput(
+        sample=F.adaptive_avg_pool2d(answer, x.shape[2:]).expand(len(x), -1, -1, -1)
+    )
     output = call(pipe, 2, output_type="latent")
     config = pipe.autoencoder.config
     shift, scale = (torch.tensor(config[f"structure_{name}"])[:, None, None] for name in ("shift", "scale"))
@@ -205,10 +208,47 @@ def test_labels_and_clean_structure_reach_the_denoiser(pipe):
     assert [labels for labels, _ in pairs] == [[0, 0], [0], [3, 3], [3]] * 3
     assert [labels for labels, _ in styles] == [[6, 4, 6, 4], [6, 4], [7] * 4, [7] * 2] * 2
     clean = pipe.autoencoder.normalize_structure(output.structure).repeat_interleave(2, dim=0)
+    clean = clean.unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean(dim=(3, 5))
     for (_, first), (_, second) in zip(styles[::2], styles[1::2], strict=True):
         latents = torch.cat([first, second])
-        assert torch.equal(latents[:, :4], clean)
+        torch.testing.assert_close(latents[:, :4], clean)
         assert torch.equal(latents[:, 4:].std(dim=(2, 3)), torch.zeros(6, 3))  # vectors are flat maps
+
+
+def test_styles_of_a_subject_are_related_as_the_autoencoder_says(pipe):
+    pipe.scheduler.register_to_config(prediction_type="epsilon", rescale_betas_zero_snr=False)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    seen = []
+
+    def forward(x, t, class_labels):
+        seen.append(x)
+        return UNet2DOutput(sample=x)
+
+    pipe.unet.forward = forward
+    structure = torch.zeros(1, 4, 4, 4)
+    relation = torch.eye(9)
+    relation[0, 3] = relation[3, 0] = 0.9  # first numbers of T1 and T2
+    relation[4, 8] = relation[8, 4] = -0.6  # second of T2, third of WB
+    alone = call(pipe, 400, structure=structure, output_type="latent", batch_size=400).styles
+    pipe.autoencoder.register_to_config(style_relation=relation.tolist())
+    seen.clear()
+    related = call(pipe, 400, structure=structure, output_type="latent", batch_size=400).styles
+    noise = seen[0][:, 4:, 0, 0].reshape(400, 9)
+    torch.testing.assert_close(torch.corrcoef(noise.T), relation, rtol=0, atol=0.2)
+    assert torch.equal(related[:, 0], alone[:, 0]) and not torch.equal(related[:, 1], alone[:, 1])
+    some = call(pipe, 400, structure=structure, output_type="latent", modalities=["WB"], batch_size=400).styles
+    torch.testing.assert_close(some[:, 0], related[:, 2])  # whatever else is wanted
+
+
+def test_styles_beside_the_whole_structure(pipe):
+    """As of pipelines that were trained without `style_grid`."""
+    whole = DLDMPipeline(**pipe.components)
+    assert whole.config.style_grid is None
+    whole.set_progress_bar_config(disable=True)
+    seen = watch(whole)
+    output = call(whole, 2, output_type="latent")
+    clean = whole.autoencoder.normalize_structure(output.structure).repeat_interleave(3, dim=0)
+    assert torch.equal(seen[-1][1][:, :4], clean)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, under NumPy 2
@@ -243,7 +283,7 @@ def test_callback_sees_every_step_of_all_subjects_and_can_replace_latents(pipe):
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else tensors
 
     output = call(pipe, 3, modalities=["T1", "WB"], callback_on_step_end=callback, batch_size=2)
-    assert seen == [(i, (3, 7, 4, 4)) for i in range(3)] + [(i, (6, 7, 4, 4)) for i in (3, 4)]
+    assert seen == [(i, (3, 7, 4, 4)) for i in range(3)] + [(i, (6, 7, 2, 2)) for i in (3, 4)]
     zero = pipe.autoencoder.normalize_structure(output.structure)
     torch.testing.assert_close(zero, torch.zeros_like(zero), atol=1e-6, rtol=0)
     watched = call(pipe, callback_on_step_end=lambda p, i, t, tensors: None)
@@ -295,5 +335,8 @@ def test_a_denoiser_that_does_not_fit_and_images_that_are_no_numbers_are_refused
         unet = UNet2DModel.from_config({**pipe.unet.config, name: value})
         with pytest.raises(ValueError, match=f"{name}.*{value}"):
             DLDMPipeline(pipe.autoencoder, unet, pipe.scheduler)
+    for grid in (0, 1, 3, 8, "4"):
+        with pytest.raises(ValueError, match=r"`style_grid` must be one of \[2, 4\]"):
+            DLDMPipeline(**pipe.components, style_grid=grid)
     with pytest.raises(ValueError, match="hold NaN"):
         call(pipe, 1, structure=torch.full((1, 4, 4, 4), float("nan")))

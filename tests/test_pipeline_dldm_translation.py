@@ -168,7 +168,7 @@ def test_options_reach_the_sampling(pipe):
         return {"latents": torch.zeros_like(tensors["latents"])}
 
     output = call(pipe, make_images(2, ["WB"]), modalities=["T1", "T2", "WB"], callback_on_step_end=callback)
-    assert seen == [(i, (4, 7, 4, 4)) for i in range(2)]
+    assert seen == [(i, (4, 7, 2, 2)) for i in range(2)]
     sampled = pipe.autoencoder.normalize_style(output.styles)[:, :2]
     torch.testing.assert_close(sampled, torch.zeros_like(sampled), atol=1e-6, rtol=0)
     here, there = (inspect.signature(cls.__call__).parameters for cls in (DLDMTranslationPipeline, DLDMPipeline))

@@ -104,7 +104,7 @@ def load_unet(args: LDMArgs, autoencoder: DisentangledAutoencoder) -> UNet2DMode
         unet.register_to_config(num_class_embeds=2 * (len(names) + 1))
     unet.register_to_config(sample_size=autoencoder.latent_size)
     try:
-        DLDMPipeline(autoencoder, unet, make_scheduler())
+        DLDMPipeline(autoencoder, unet, make_scheduler(), args.style_grid)
     except ValueError as error:
         raise ValueError(f"--init_from {args.init_from}: {error}") from error
     return unet
@@ -128,8 +128,8 @@ def sample_batch(
 
     Returns:
         `structure` (B, c_s, h, w), `style` (B, c_t), their noise `structure_noise` and `style_noise`,
-        `timesteps` (B,), `conditional` (B,) bool, and `labels` (B,): m joint, n its null, n + 1 + m conditional,
-        2 n + 1 its null.
+        `timesteps` (B,), `conditional` (B,) bool, the first rows, and `labels` (B,): m joint, n its null, n + 1 + m
+        conditional, 2 n + 1 its null.
     """
     device, n = latents.structure.device, latents.present.shape[1]
 
@@ -139,7 +139,7 @@ def sample_batch(
     subject = (uniform() * len(latents.present)).long()
     view = (uniform() * latents.structure.shape[1]).long()
     modality = torch.multinomial(latents.present[subject].float(), 1, generator=generator)[:, 0]
-    conditional = uniform() < args.conditional_fraction
+    conditional = torch.arange(size, device=device) < round(args.conditional_fraction * size)
     null = uniform() < args.label_dropout
     structure, style = latents.structure[subject, view], latents.style[subject, view, modality]
     return {
@@ -154,36 +154,43 @@ def sample_batch(
 
 
 def pair_errors(
-    unet: torch.nn.Module, scheduler: DDIMScheduler, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    unet: torch.nn.Module, scheduler: DDIMScheduler, batch: dict[str, torch.Tensor], style_grid: int | None = None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Mean squared errors of the predicted velocity, (B,) for the structure and (B,) for the style.
 
-    A conditional pair shows its structure clean, and its structure's error is no target. A style vector is noised as a
-    vector, shown as a flat map, and read back as the mean over the map, as in the pipeline.
+    With `style_grid` the pairs are conditional: their structures are shown clean, averaged to this height and width, and
+    are no target (`None`). A style vector is noised as a vector, shown as a flat map, and read back as the mean over the
+    map, as in the pipeline.
     """
     structure, style, t = batch["structure"], batch["style"], batch["timesteps"]
-    noisy_structure = scheduler.add_noise(structure, batch["structure_noise"], t)
-    noisy_structure = torch.where(batch["conditional"][:, None, None, None], structure, noisy_structure)
+    if style_grid:
+        shown = F.adaptive_avg_pool2d(structure, style_grid)
+    else:
+        shown = scheduler.add_noise(structure, batch["structure_noise"], t)
     noisy_style = scheduler.add_noise(style, batch["style_noise"], t)
-    noisy_style = noisy_style[:, :, None, None].expand(-1, -1, *structure.shape[2:])
-    sample = torch.cat([noisy_structure, noisy_style], dim=1).contiguous(memory_format=torch.channels_last)
+    noisy_style = noisy_style[:, :, None, None].expand(-1, -1, *shown.shape[2:])
+    sample = torch.cat([shown, noisy_style], dim=1).contiguous(memory_format=torch.channels_last)
     velocity = unet(sample, t, class_labels=batch["labels"]).sample.float()
     structure_velocity, style_velocity = velocity.split([structure.shape[1], style.shape[1]], dim=1)
-    style_velocity = style_velocity.mean(dim=(2, 3))
-    structure_target = scheduler.get_velocity(structure, batch["structure_noise"], t)
     style_target = scheduler.get_velocity(style, batch["style_noise"], t)
-    structure_error = F.mse_loss(structure_velocity, structure_target, reduction="none").flatten(1).mean(dim=1)
-    style_error = F.mse_loss(style_velocity, style_target, reduction="none").flatten(1).mean(dim=1)
-    return structure_error, style_error
+    style_error = ((style_velocity.mean(dim=(2, 3)) - style_target) ** 2).mean(dim=1)
+    if style_grid:
+        return None, style_error
+    structure_target = scheduler.get_velocity(structure, batch["structure_noise"], t)
+    return ((structure_velocity - structure_target) ** 2).flatten(1).mean(dim=1), style_error
 
 
 def training_loss(
     unet: torch.nn.Module, scheduler: DDIMScheduler, batch: dict[str, torch.Tensor], args: LDMArgs
 ) -> torch.Tensor:
     """The loss of a batch, a scalar: velocities' errors, all times weighted alike."""
-    structure_error, style_error = pair_errors(unet, scheduler, batch)
-    error = torch.where(batch["conditional"], 0.0, structure_error) + args.style_weight * style_error
-    return error.mean()
+    errors = []
+    for conditional, grid in ((False, None), (True, args.style_grid)):
+        rows = batch["conditional"] == conditional
+        if rows.any():
+            structure_error, style_error = pair_errors(unet, scheduler, {k: v[rows] for k, v in batch.items()}, grid)
+            errors.append(args.style_weight * style_error + (0.0 if structure_error is None else structure_error))
+    return torch.cat(errors).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,18 +200,16 @@ def training_loss(
 
 @torch.no_grad()
 def validation_figures(
-    unet: torch.nn.Module, scheduler: DDIMScheduler, batch: dict[str, torch.Tensor]
+    unet: torch.nn.Module, scheduler: DDIMScheduler, batch: dict[str, torch.Tensor], style_grid: int
 ) -> dict[str, float]:
     """Unweighted v-losses of held-out subjects, always the same ones at the same times and with the same noise."""
     unet.eval()
     errors = []
     for part in zip(*(value.split(32) for value in batch.values()), strict=True):
         part = dict(zip(batch, part, strict=True))
-        for conditional in (False, True):
-            modality = part["labels"]
-            labels = modality + conditional * (unet.config.num_class_embeds // 2)
-            flags = torch.full_like(part["conditional"], conditional)
-            errors.append(pair_errors(unet, scheduler, {**part, "labels": labels, "conditional": flags}))
+        errors.append(pair_errors(unet, scheduler, part))
+        labels = part["labels"] + unet.config.num_class_embeds // 2
+        errors.append(pair_errors(unet, scheduler, part | {"labels": labels}, style_grid))
     unet.train()
     return {
         "structure v-loss": torch.cat([structure for structure, _ in errors[::2]]).mean().item(),
@@ -268,13 +273,14 @@ def main(argv: list[str] | None = None) -> None:
         return {"loss": loss}
 
     def validate(path: Path, clock: TrainingClock) -> dict[str, float]:
-        generated_sheet(DLDMPipeline(autoencoder, unet, make_scheduler()), SHEET_SUBJECTS, args.seed, path)
-        return validation_figures(unet, scheduler, validation_batch)
+        pipeline = DLDMPipeline(autoencoder, unet, make_scheduler(), args.style_grid)
+        generated_sheet(pipeline, SHEET_SUBJECTS, args.seed, path)
+        return validation_figures(unet, scheduler, validation_batch, args.style_grid)
 
     clock = fit(accelerator, args, unet, model, [optimizer], step, validate)
     if is_main:
-        figures = validation_figures(unet, scheduler, validation_batch)
-        pipeline = DLDMPipeline(autoencoder, unet.eval(), make_scheduler())
+        figures = validation_figures(unet, scheduler, validation_batch, args.style_grid)
+        pipeline = DLDMPipeline(autoencoder, unet.eval(), make_scheduler(), args.style_grid)
         write_pretrained(pipeline.save_pretrained, output_dir)
         generated_sheet(pipeline, 2 * SHEET_SUBJECTS, args.seed, output_dir / "samples.png", validation_set)
         write_card(args, clock, unet, train_set, validation_set, figures)

@@ -9,7 +9,8 @@ go to training/train_autoencoder.py, the same ones to every row.
 
 | row               | what is different                                                                               |
 |-------------------|-------------------------------------------------------------------------------------------------|
-| paper's mixing    | strategy 3 of Na et al. as written: a style of any subject, the target stays the structure's own |
+| paper's mixing    | strategy 3 of Na et al. as written: a style of any subject, the target stays the structure's own, |
+|                   | and no ranks                                                                                    |
 | no exchange       | without strategy 3: every image from its own structure and its own style                        |
 | all modalities    | without strategy 4: all modalities decoded in every, costlier step                              |
 | no subsets        | the structure always from all modalities, hence no agreement either                             |
@@ -120,7 +121,10 @@ def changes(row: str, data: str, modalities: list[str]) -> tuple[list[str], list
         return [], [(training, "WEIGHTS", training.WEIGHTS | {row[3:]: 0.0})]
     return {
         "as it is": lambda: ([], []),
-        "paper's mixing": lambda: ([], [(training, "encode_exchanged", regrouped(True))]),
+        "paper's mixing": lambda: (
+            [],
+            [(training, "encode_exchanged", regrouped(True)), (training, "build_autoencoder", without_ranks)],
+        ),
         "no exchange": lambda: ([], [(training, "encode_exchanged", regrouped(False))]),
         "all modalities": lambda: (["--target_modalities=99"], []),
         "no subsets": lambda: (["--subset_probability=0"], []),

@@ -60,6 +60,7 @@ class DLDMPipeline(PipelineMixin, DiffusionPipeline):
         check_scheduler(scheduler)
         self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
         self.register_to_config(style_grid=style_grid)
+        unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
         self._guidance_scale = 1.0
         self._num_timesteps = 0
 
@@ -124,8 +125,8 @@ class DLDMPipeline(PipelineMixin, DiffusionPipeline):
             styles (`torch.Tensor`, *optional*):
                 (S or 1, M, c_t), appearances to use instead of new ones, in the order of `modalities`.
             batch_size (`int`, *optional*):
-                Subjects that the networks see at a time, by default 8 on a CPU and 64 on other devices: a trade of memory
-                for time. The denoiser gets `batch_size * M` rows in the styles' steps.
+                Subjects that the denoiser sees at a time, by default 32 on a CPU and 256 on other devices: a trade of memory
+                for time. It gets `batch_size * M` rows in the styles' steps; a quarter of the subjects are decoded at a time.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 "pil", "np", "pt", or "latent" for no decoding (`images` and `masks` are then `None`).
             return_dict (`bool`, *optional*, defaults to `True`):
@@ -207,7 +208,7 @@ class DLDMPipeline(PipelineMixin, DiffusionPipeline):
         return output if return_dict else tuple(vars(output).values())
 
     def _batch_size(self, batch_size: int | None) -> int:
-        return batch_size or (8 if self._execution_device.type == "cpu" else 64)
+        return batch_size or (32 if self._execution_device.type == "cpu" else 256)
 
     def _draw_seeds(
         self, num_subjects: int, generator: torch.Generator | Sequence[torch.Generator] | None
@@ -332,7 +333,8 @@ class DLDMPipeline(PipelineMixin, DiffusionPipeline):
             return torch.cat([latents[:, :sampled].flatten(1), style], dim=1)
 
         def predict(latents, t, labels):
-            batches = zip(latents.to(self.unet.dtype).split(rows), labels.split(rows), strict=True)
+            latents = latents.to(self.unet.dtype, memory_format=torch.channels_last)
+            batches = zip(latents.split(rows), labels.split(rows), strict=True)
             return torch.cat([to_state(self.unet(x, t, class_labels=y).sample.float()) for x, y in batches])
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -377,7 +379,8 @@ class DLDMPipeline(PipelineMixin, DiffusionPipeline):
         styles = styles.to(structure).expand(len(structure), -1, -1)
         if output_type == "latent":
             return DLDMPipelineOutput(None, None, structure, styles, names)
-        config, dtype, size = self.autoencoder.config, self.autoencoder.dtype, self._batch_size(batch_size)
+        config, dtype = self.autoencoder.config, self.autoencoder.dtype
+        size = max(1, self._batch_size(batch_size) // 4)  # at full size, memory is another matter
         wanted = [config.modalities.index(name) for name in names]
         images, masks, labels = [], [], []
         for first in range(0, len(seeds), size):

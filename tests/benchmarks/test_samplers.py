@@ -1,12 +1,15 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "samplers.py"
 spec = importlib.util.spec_from_file_location("samplers", SCRIPT)
 samplers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(samplers)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, under NumPy 2
 def test_every_solver_draws_styles_for_the_structures_of_the_subjects(tiny_pipeline_folder, capsys):
     words = ["--styles_only", f"--pipeline={tiny_pipeline_folder}", "--num_subjects=12", "--style_steps", "2", "3"]
     samplers.main(words)

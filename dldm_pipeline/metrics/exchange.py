@@ -4,7 +4,7 @@ Three questions, each with a figure for each modality:
 
 1. Is (structure of A, style of B's scanner) A as B's scanner shows it? PSNR against the simulated image
    ([`exchange_against_truth`]).
-2. Where does the appearance sit? R² of tissue means from a linear probe of the styles, and of the structure
+2. Where does the appearance sit? R² of tissue means and scanner settings from a linear probe of styles, and of the structure
    ([`appearance_probes`]).
 3. Does the anatomy stay where it is? Dice of thresholded white matter with exchanged styles, over that with own styles.
 
@@ -35,6 +35,7 @@ from .reconstruction import dice, mean_of_known, psnr
 
 SEED = 977_004  # no training run has seen subjects of this seed
 TISSUES = ("white", "grey", "csf")
+FACTORS = ("top", "exponent", "noise")  # of each modality's acquisition: what is white, intensity curve, noise
 PENALTIES = np.logspace(-1, 6, 15)  # of the ridge regressions
 PURE = 0.9  # fraction of a tissue from which on a pixel counts to its mean
 FEWEST_PIXELS = 20  # for a tissue's mean
@@ -131,34 +132,36 @@ def _white_dice(subjects: Sequence[SimulatedSubject], rebuilt: np.ndarray, t1: i
 
 @lru_cache(maxsize=1)
 def _probe_subjects(number: int, size: int, names: tuple[str, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, n, H, W) of subjects with an anatomy and an acquisition each, and their `tissue_means` (N, n, 3)."""
+    """Images (N, n, H, W) of subjects with an anatomy and an acquisition each, and their `tissue_means` and then `FACTORS`
+    (N, n, 6)."""
     images, means = np.empty((number, len(names), size, size), np.float32), []
     for index in tqdm(range(number), desc="simulate subjects for the probes"):
         subject = simulate_subject((seed, 2, index), (seed, 3, index), size, modalities=names)
         images[index] = subject.images
-        means.append(tissue_means(subject))
+        factors = [[subject.factors[f"{name}_{factor}"] for factor in FACTORS] for name in names]
+        means.append(np.hstack([tissue_means(subject), factors]))
     return images, np.stack(means)
 
 
 def appearance_probes(
     autoencoder: torch.nn.Module, num_train: int = 1000, num_test: int = 500, seed: int = SEED
 ) -> dict:
-    """R² with which ridge regressions tell tissue means from the modality's style, and from the whole structure.
+    """R² with which ridge regressions tell tissue means and `FACTORS` from the modality's style, and from the whole structure.
 
     The penalty is chosen by leave-one-out among the training subjects.
 
     Returns:
-        dict with `style` and `structure`, tissue -> modality -> R² on the test subjects (0: no better than their mean; NaN
-        where the images are too small to show the tissue), and
-        for each `..._white_grey_min`, `..._white_grey_max` and `..._csf_min`.
+        dict with `style` and `structure`, tissue or factor -> modality -> R² on the test subjects (0: no better than their
+        mean; NaN where the images are too small to show the tissue), and for each `..._white_grey_min`,
+        `..._white_grey_max` and `..._csf_min`.
     """
     names, size = list(autoencoder.config.modalities), autoencoder.config.sample_size
     images, means = _probe_subjects(num_train + num_test, size, tuple(names), seed)
     structure, styles = (code.numpy() for code in _encode(autoencoder, images))
     structure = structure.reshape(len(structure), -1)
-    result: dict = {kind: {tissue: {} for tissue in TISSUES} for kind in ("style", "structure")}
+    result: dict = {kind: {target: {} for target in (*TISSUES, *FACTORS)} for kind in ("style", "structure")}
     in_train = np.arange(len(means)) < num_train
-    for t, tissue in enumerate(TISSUES):
+    for t, target in enumerate((*TISSUES, *FACTORS)):
         known = np.isfinite(means[:, 0, t])  # a tissue is there in all images of a subject or in none
         train, test = known & in_train, known & ~in_train
         for kind in result:
@@ -168,7 +171,7 @@ def appearance_probes(
                 score = np.nan
                 if min(train.sum(), test.sum()) > 1:
                     score = probe.fit(codes[train], means[train, m, t]).score(codes[test], means[test, m, t])
-                result[kind][tissue][name] = float(score)
+                result[kind][target][name] = float(score)
     for kind in ("style", "structure"):
         both = [value for tissue in ("white", "grey") for value in result[kind][tissue].values()]
         result[f"{kind}_white_grey_min"], result[f"{kind}_white_grey_max"] = min(both), max(both)
@@ -272,10 +275,11 @@ def exchange_sheet(autoencoder: torch.nn.Module, dataset: Dataset, path: str | o
     Args:
         dataset: as in [`exchange_of_curves`], of any modalities; nothing is written if it has too few subjects.
     """
-    subjects = {item["subject"]: item["images"] for item in dataset if item["present"].all()}
+    subjects = list({item["subject"]: item["images"] for item in dataset if item["present"].all()}.values())
     if len(subjects) < count:
         return
-    structure, styles = _encode(autoencoder, torch.stack(list(subjects.values())[:count]).numpy())
+    chosen = np.linspace(0, len(subjects) - 1, count).astype(int)  # neighbours may be of one scanner
+    structure, styles = _encode(autoencoder, torch.stack([subjects[i] for i in chosen]).numpy())
     grid = _decode(autoencoder, structure.repeat_interleave(count, dim=0), styles.repeat(count, 1, 1))
     appearances_sheet(grid.reshape(count, count, *grid.shape[1:]), autoencoder.config.modalities, path)
 

@@ -43,7 +43,7 @@ CLAIM_TITLES = {
     "precision_share": f"precision, DLDM over the {SECOND}",
     "recall_share": f"recall, DLDM over the {SECOND}",
 }
-TISSUE_TITLES = {"white": "white matter", "grey": "grey matter", "csf": "CSF"}
+APPEARANCE_TITLES = {"white": "white matter", "grey": "grey matter", "csf": "CSF", "top": "top of the window"}
 STYLE_TITLES = {
     "shift": "difference of means",
     "spread": "spread",
@@ -328,8 +328,8 @@ def _exchange_tables(result: dict) -> dict[str, Table]:
         tables["exchange"] += [[title, *truth[key].values(), truth[f"{key}_mean"]] for key, title in titles.items()]
         tables["appearance_probes"] = [["", *names]]
         tables["appearance_probes"] += [
-            [f"{TISSUE_TITLES[tissue]}, from {code}", *probes[kind][tissue].values()]
-            for tissue in probes["style"]
+            [f"{APPEARANCE_TITLES.get(target, target)}, from {code}", *probes[kind][target].values()]
+            for target in probes["style"]
             for kind, code in (("style", "its z_style"), ("structure", "z_struct"))
         ]
     if "curves" in result:

@@ -63,6 +63,7 @@ def test_probes_find_the_appearance_where_it_is():
     assert min(clean["style"]["white"].values()) > 0.4
     assert min(leaking["structure"]["white"].values()) > 0.4
     assert max(clean["structure"]["white"].values()) < min(leaking["structure"]["white"].values()) - 0.2
+    assert max(clean["structure"]["top"].values()) < min(leaking["structure"]["top"].values())
     both = [clean["style"][tissue][name] for tissue in ("white", "grey") for name in NAMES]
     assert clean["style_white_grey_min"] == min(both) and clean["style_csf_min"] == min(clean["style"]["csf"].values())
 

@@ -101,7 +101,8 @@ def measure_latents(model: DisentangledAutoencoder, loader: Iterable[dict[str, t
     difference between the structure of one modality alone and that of all goes to `structure_offset`, which `encode` takes
     off; otherwise the structure tells which modality it came from.
     """
-    total, squares, count, styles, known = 0.0, 0.0, 0, [], []
+    total, squares, number = 0.0, 0.0, 0
+    styles, known = [], []
     offset = torch.zeros_like(model.structure_offset, dtype=torch.float64)
     counts = torch.zeros(model.num_modalities, device=model.device)
     model.structure_offset.zero_()
@@ -115,16 +116,14 @@ def measure_latents(model: DisentangledAutoencoder, loader: Iterable[dict[str, t
             offset[m] += (output.structure_dist.mode() - structure)[present[:, m]].double().sum(dim=0)
             counts[m] += present[:, m].sum()
         structure = structure.double().transpose(0, 1).flatten(1)
-        total, squares, count = (
-            total + structure.sum(dim=1),
-            squares + (structure**2).sum(dim=1),
-            count + structure.shape[1],
-        )
+        total += structure.sum(dim=1)
+        squares += (structure**2).sum(dim=1)
+        number += structure.shape[1]
         styles.append(full.style_dist.mode().double().cpu())
         known.append(present.cpu())
     model.structure_offset.copy_(offset / counts.clamp(min=1)[:, None, None, None])
-    mean = total / count
-    std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
+    mean = total / number
+    std = (squares / number - mean**2).clamp(min=1e-12).sqrt()
     styles, known = torch.cat(styles), torch.cat(known)
     model.register_to_config(
         structure_shift=mean.tolist(),

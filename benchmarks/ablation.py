@@ -1,8 +1,8 @@
-"""Train the autoencoder with one part changed at a time, for equal time, and compare.
+"""Train the autoencoder with one part changed at a time, for as many steps each, and compare.
 
-    python benchmarks/ablation.py --num_threads 1                       # every row, 6.5 minutes each
+    python benchmarks/ablation.py --num_threads 1                       # every row, 800 steps, 6.5 minutes of one core each
     python benchmarks/ablation.py --rows "as it is" "paper's mixing"    # some rows
-    python benchmarks/ablation.py --max_train_minutes 20 --seed 1       # longer, another seed
+    python benchmarks/ablation.py --max_train_steps 2400 --seed 1       # longer, another seed
 
 A row that is finished is not trained again, so the same command goes on where it was stopped. Arguments that are not in --help
 go to training/train_autoencoder.py, the same ones to every row.
@@ -27,12 +27,14 @@ with the own style; with another anatomy's style under the same acquisition, and
 anatomy; with the mean style; lost by a structure from one modality alone. Gap: how much of the way from mean to own style
 the exchanged one goes (best 1). R² of the means of white and grey matter: worst modality from the styles (best 1), best
 modality from the structure (best 0). White matter: Dice of its outline under exchanged styles over that under own (best 1).
-Sharpness: mean step between neighbouring pixels over that of real images.
+Sharpness: mean step between neighbouring pixels over that of real images. Seconds: processor time of one step, whatever else
+the machine does.
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -66,6 +68,7 @@ COLUMNS = {
     "white matter": "white_dice_kept",
     "mask Dice": "mask_dice",
     "sharpness": "sharpness",
+    "seconds a step": "seconds",
 }
 
 
@@ -150,6 +153,19 @@ def adamw(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr, betas=(0.9, 0.99), weight_decay=0)
 
 
+def timed(seconds: list[float]) -> Callable:
+    """`fit_on_slices` that appends its processor time to `seconds`."""
+    fit = training.fit_on_slices
+
+    def fit_timed(*args, **options):
+        started = time.process_time()
+        result = fit(*args, **options)
+        seconds.append(time.process_time() - started)
+        return result
+
+    return fit_timed
+
+
 @contextmanager
 def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
     """`holder.name` is `value` inside the block."""
@@ -194,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="(default: all, in turn)")
-    parser.add_argument("--max_train_minutes", type=float, default=6.5, help="of each training (default: %(default)s)")
+    parser.add_argument("--max_train_steps", type=int, default=800, help="of each training (default: %(default)s)")
     parser.add_argument("--subjects", type=int, default=4000, help="simulated, each under two scanners (%(default)s)")
     parser.add_argument(
         "--probes", type=int, nargs=2, default=(1000, 500), help="subjects to fit and to test (1000 500)"
@@ -202,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", default="outputs/ablation", help="a folder each goes here (%(default)s)")
     args, others = parser.parse_known_args(argv)
 
-    words = ["--config=autoencoder_64", f"--max_train_minutes={args.max_train_minutes}"]
+    words = ["--config=autoencoder_64", f"--max_train_steps={args.max_train_steps}", "--max_train_minutes=1e6"]
     words += ["--validation_steps=0", "--checkpointing_steps=0", *others]
     training_args = parse_args(AutoencoderArgs, __doc__, training.PRESETS, words)
     output_dir = make_output_dir(args.output_dir)
@@ -215,12 +231,14 @@ def main(argv: list[str] | None = None) -> None:
         file = folder / "figures.json"
         if not file.is_file():
             more, replacements = changes(row, str(data), modalities)
+            seconds: list[float] = []
             with ExitStack() as stack:
-                for holder, name, value in replacements:
+                for holder, name, value in (*replacements, (training, "fit_on_slices", timed(seconds))):
                     stack.enter_context(replaced(holder, name, value))
                 training.main([*words, *more, f"--dataset={data}", f"--output_dir={folder}"])
             autoencoder = DisentangledAutoencoder.from_pretrained(folder).eval()
             figures = measure(autoencoder, SliceDataset(data, "validation", modalities), args.probes)
+            figures["seconds"] = seconds[0] / args.max_train_steps
             write_text(file, json.dumps(figures, indent=2) + "\n")
         figures = json.loads(file.read_text(encoding="utf-8"))
         table.append(f"| {row} | {' | '.join(f'{figures[key]:.2f}' for key in COLUMNS.values())} |")

@@ -26,6 +26,7 @@ extras = {
     ],
     "dicom": ["pydicom>=3.0", "highdicom>=0.28"],
     "demo": ["gradio>=6.31"],
+    "bench": ["monai[einops]>=1.4"],  # benchmarks/speed.py compares with it
     # The site in docs/; the kernel and nbclient, through myst-nb, execute the tutorial.
     "docs": ["sphinx>=8", "myst-nb>=1.2", "furo>=2024.8", "ipykernel>=6.29", "nbclient>=0.10"],
 }

@@ -20,7 +20,7 @@ import torch
 
 from dldm_pipeline import DEFAULT_MODALITIES, DisentangledAutoencoder, DLDMPipeline
 from dldm_pipeline.data.phantom import phantom_rows
-from dldm_pipeline.denoiser import make_scheduler
+from dldm_pipeline.denoiser import make_sampler, make_scheduler
 from dldm_pipeline.encoding import Latents
 from dldm_pipeline.optimization import MuonAdamW
 from dldm_pipeline.training_args import Args, AutoencoderArgs, LDMArgs, parse_args
@@ -91,9 +91,9 @@ def step_of_denoiser(batch_size: int) -> tuple[int, float]:
 
 def one_subject(batch_size: int) -> tuple[int, float]:
     """Parameters, and seconds of a call."""
-    autoencoder = build_autoencoder().eval()
-    unet = train_ldm.load_unet(preset(LDMArgs, "ldm_paper"), autoencoder).eval()
-    pipeline = DLDMPipeline(autoencoder, unet, make_scheduler())
+    args, autoencoder = preset(LDMArgs, "ldm_paper"), build_autoencoder().eval()
+    unet = train_ldm.load_unet(args, autoencoder).eval()
+    pipeline = DLDMPipeline(autoencoder, unet, make_sampler(), args.style_grid)
     started = time.perf_counter()
     pipeline(1, generator=torch.Generator().manual_seed(0))
     return autoencoder.num_parameters() + unet.num_parameters(), time.perf_counter() - started

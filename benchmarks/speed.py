@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.files import write_text
-from dldm_pipeline.denoiser import make_scheduler
+from dldm_pipeline.denoiser import make_sampler, make_scheduler
 
 STYLE_GRID = 4
 NOTE = "The other systems draw five unrelated images for a subject and no mask; their weights are random."
@@ -86,6 +86,7 @@ def ours(checkpoint: Path) -> list[System]:
     The bundled denoiser was trained without `style_grid`. That matters for the quality of the styles and not for the time.
     """
     pipeline = load_pipeline(checkpoint, STYLE_GRID)
+    pipeline.scheduler = make_sampler()
     defaults = inspect.signature(pipeline.__call__).parameters
     steps = tuple(defaults[name].default for name in ("num_inference_steps", "num_style_inference_steps"))
     return our_system("ours", pipeline, steps, lambda count: pipeline(count, output_type="pt").images)

@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formats = "nifti: NIfTI and PNG; dicom: a study for each subject; dataset: for training scripts"
     parser.add_argument("--format", choices=FORMATS, default="nifti", help=f"{formats} (default: %(default)s)")
     steps = "denoising steps of each style; those of the structure are --num_inference_steps (default: %(default)s)"
-    parser.add_argument("--num_style_inference_steps", type=int, default=10, help=steps)
+    parser.add_argument("--num_style_inference_steps", type=int, default=5, help=steps)
     add_sampling_arguments(parser, "outputs/generated")
     return parser.parse_args(argv)
 

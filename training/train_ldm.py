@@ -22,7 +22,7 @@ from dldm_pipeline import BUNDLED_CHECKPOINT, DisentangledAutoencoder, DLDMPipel
 from dldm_pipeline.cli import exit_on_user_error
 from dldm_pipeline.data.sheet import evenly_spaced_rows, subjects_sheet
 from dldm_pipeline.data.slices import SliceDataset
-from dldm_pipeline.denoiser import make_scheduler, make_unet, stratified_timesteps
+from dldm_pipeline.denoiser import make_sampler, make_scheduler, make_unet, stratified_timesteps
 from dldm_pipeline.encoding import Latents, encode_dataset
 from dldm_pipeline.hub import write_model_card, write_pretrained
 from dldm_pipeline.optimization import MuonAdamW
@@ -104,7 +104,7 @@ def load_unet(args: LDMArgs, autoencoder: DisentangledAutoencoder) -> UNet2DMode
         unet.register_to_config(num_class_embeds=2 * (len(names) + 1))
     unet.register_to_config(sample_size=autoencoder.latent_size)
     try:
-        DLDMPipeline(autoencoder, unet, make_scheduler(), args.style_grid)
+        DLDMPipeline(autoencoder, unet, make_sampler(), args.style_grid)
     except ValueError as error:
         raise ValueError(f"--init_from {args.init_from}: {error}") from error
     return unet
@@ -273,14 +273,14 @@ def main(argv: list[str] | None = None) -> None:
         return {"loss": loss}
 
     def validate(path: Path, clock: TrainingClock) -> dict[str, float]:
-        pipeline = DLDMPipeline(autoencoder, unet, make_scheduler(), args.style_grid)
+        pipeline = DLDMPipeline(autoencoder, unet, make_sampler(), args.style_grid)
         generated_sheet(pipeline, SHEET_SUBJECTS, args.seed, path)
         return validation_figures(unet, scheduler, validation_batch, args.style_grid)
 
     clock = fit(accelerator, args, unet, model, [optimizer], step, validate)
     if is_main:
         figures = validation_figures(unet, scheduler, validation_batch, args.style_grid)
-        pipeline = DLDMPipeline(autoencoder, unet.eval(), make_scheduler(), args.style_grid)
+        pipeline = DLDMPipeline(autoencoder, unet.eval(), make_sampler(), args.style_grid)
         write_pretrained(pipeline.save_pretrained, output_dir)
         generated_sheet(pipeline, 2 * SHEET_SUBJECTS, args.seed, output_dir / "samples.png", validation_set)
         write_card(args, clock, unet, train_set, validation_set, figures)

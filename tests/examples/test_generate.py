@@ -186,14 +186,20 @@ def test_a_killed_run_goes_on(words, tmp_path):
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
+def launched(*words: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` of two processes; without --multi_gpu it would ask for MPI on a machine that has no GPU."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", str(SCRIPT)]
+    return subprocess.run([*launch, *words], env=ENVIRONMENT, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_subjects(script, words, tmp_path):
-    words = [*words, "--num_subjects", "20", "--format", "dataset"]
+    words = [*words, "--num_subjects", "12", "--format", "dataset"]
     script.main([*words, "--output", str(tmp_path / "one")])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", str(SCRIPT), *words]
-    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert done.stdout.count("20 subjects x 3 modalities") == 1 and "process 1 of 2" in done.stderr
-    splits = split_subjects(f"synthetic-{k:04d}" for k in range(20))
+    done = launched(*words)
+    assert done.returncode == 0 and done.stdout.count("12 subjects x 3 modalities") == 1
+    assert "process 1 of 2" in done.stderr and "6/6" in done.stderr
+    splits = split_subjects(f"synthetic-{k:04d}" for k in range(12))
     for split, names in zip(("train", "validation"), splits, strict=True):
         ours, expected = (list(SliceDataset(tmp_path / folder, split)) for folder in ("out", "one"))
         assert [item["subject"] for item in ours] == names == [item["subject"] for item in expected]
@@ -201,7 +207,19 @@ def test_two_processes_share_the_subjects(script, words, tmp_path):
             assert ((item["images"] - other["images"]).abs() > 1e-4).float().mean() < 1e-3
     manifests = [json.loads((tmp_path / folder / "manifest.json").read_text()) for folder in ("out", "one")]
     seeds = [[subject["seed"] for subject in manifest["subjects"]] for manifest in manifests]
-    assert seeds[0] == seeds[1] == [subject_seed(0, k) for k in range(20)]
-    # Both refuse, and one line says so.
-    refusal = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True)
-    assert refusal.returncode != 0 and refusal.stderr.count("error: ") == 1
+    assert seeds[0] == seeds[1] == [subject_seed(0, k) for k in range(12)]
+    # Neither writes again, and one line says so.
+    refusal = launched(*words)
+    assert refusal.returncode != 0 and refusal.stderr.count("error: ") == 1 and "is not empty" in refusal.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(script, refused, words, tmp_path, monkeypatch):
+    words = [*words, "--num_subjects", "20"]
+    script.main([*words, "--output", str(tmp_path / "one")])
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        refused(*words)
+    done = launched(*words)
+    assert done.returncode == 0 and "8/8" in done.stderr  # a block each is left
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "one")

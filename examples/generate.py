@@ -9,7 +9,8 @@
 
 The output folder gets sheet.png for a first look, a folder for each subject with 16-bit PNG and NIfTI files (or the files of
 --format), and manifest.json with all that is needed to generate the same subjects again. Subjects are written while others are
-generated. A run that was stopped goes on when the same command is typed again; manifest.json is written last.
+generated. A run that was stopped goes on when the same command is typed again; manifest.json is written last. --overwrite
+deletes an earlier output, or an unfinished one of another command, at the start.
 
 A seed gives the same subject k for any number of subjects and processes and any choice of modalities. With --appearances,
 appearances.png shows an anatomy in each row and an appearance in each column of a modality. All images are synthetic and not
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()
     set_threads()
-    # A process may wait for the others for as long as a block takes them, and longer on a busy machine.
+    # The first process to end waits for the slowest.
     state = PartialState(cpu=args.device == "cpu", timeout=datetime.timedelta(days=7))
     with state.main_process_first():
         pipeline = prepare(args, state)

@@ -22,16 +22,18 @@ from dldm_pipeline.data.scans import find_scans
 from dldm_pipeline.data.slices import SliceDataset, split_subjects
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
-SUBJECTS = 6
+SUBJECTS = 8
 
 
 @pytest.fixture(scope="module")
 def blocks() -> list[Block]:
-    """Six subjects with noise for images, in blocks of two."""
+    """Eight subjects with noise for images, in blocks of two."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 2**16, (SUBJECTS, 2, 16, 16), dtype=np.uint16)
     labels = (rng.random((SUBJECTS, 16, 16)) > 0.8).astype(np.uint8)
-    return [Block(k, images[k : k + 2], labels[k : k + 2], [{"seed": k}, {"seed": k + 1}]) for k in (0, 2, 4)]
+    return [
+        Block(k, images[k : k + 2], labels[k : k + 2], [{"seed": k}, {"seed": k + 1}]) for k in range(0, SUBJECTS, 2)
+    ]
 
 
 def manifest_of(format: str, **changes) -> dict:
@@ -84,8 +86,8 @@ def test_what_is_not_finished_is_not_read(blocks, tmp_path) -> None:
         folder = tmp_path / format
         start_export(folder, manifest_of(format))
         write_block(folder, blocks[1])
-        assert blocks_left(folder) == [0, 4] and not [path for path in folder.iterdir() if path.name[0] != "."]
-        with pytest.raises(ValueError, match=r"lacks the blocks that start at subjects \[0, 4\]"):
+        assert blocks_left(folder) == [0, 4, 6] and not [path for path in folder.iterdir() if path.name[0] != "."]
+        with pytest.raises(ValueError, match=r"lacks the blocks that start at subjects \[0, 4, 6\]"):
             finish_export(folder)
         assert is_export(folder) and not (folder / "manifest.json").exists()
         with pytest.raises(FileExistsError, match="is not empty"):
@@ -138,7 +140,7 @@ def test_a_block_is_written_whole_or_not_at_all(blocks, tmp_path, monkeypatch) -
     broken = Block(2, blocks[1].images, blocks[1].labels[:1], blocks[1].entries)
     with pytest.raises(ValueError, match="zip"):
         write_block(folder, broken)
-    assert blocks_left(folder) == [0, 2, 4]
+    assert blocks_left(folder) == [0, 2, 4, 6]
     for block in (*blocks, blocks[1]):  # twice, as by a worker that a killed run left behind
         write_block(folder, block)
     finish_export(folder)
@@ -161,7 +163,7 @@ def test_an_unfinished_export_goes_on_with_the_same_settings_only(tmp_path) -> N
     assert continues_export(folder, begun) and continues_export(folder, other_blocks)
     for changed, message in (
         ({"seed": 4}, "seed 3, not 4"),
-        ({"num_subjects": 8}, "num_subjects 6, not 8"),
+        ({"num_subjects": 9}, "num_subjects 8, not 9"),
         ({"format": "dicom"}, "format nifti, not dicom"),
         ({"modalities": ["WB", "T1"]}, r"modalities \['T1', 'WB'\], not \['WB', 'T1'\]"),
         ({"settings": settings | {"num_inference_steps": 9}}, "num_inference_steps 5, not 9"),

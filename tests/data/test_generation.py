@@ -11,6 +11,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
+import torch
 
 from dldm_pipeline.data.export import new_manifest
 from dldm_pipeline.data.export_blocks import Block, blocks_left, finish_export, start_export
@@ -68,6 +69,13 @@ def test_an_appearance_is_that_of_a_subject(tiny_pipeline) -> None:
         k, j = divmod(i, 3)
         seeds = subject_seed(5, k), subject_seed(5, j), subject_seed(5, k, j)
         assert tuple(entry.values()) == seeds and list(entry) == ["seed", "appearance_seed", "noise_seed"]
+    generators = [torch.Generator().manual_seed(subject_seed(5, k)) for k in range(4)]
+    drawn = tiny_pipeline(4, MODALITIES, generator=generators, output_type="latent", **STEPS)
+    for k, j in ((1, 2), (3, 0)):
+        latents = {"structure": drawn.structure[k : k + 1], "styles": drawn.styles[j : j + 1]}
+        noise = torch.Generator().manual_seed(subject_seed(5, k, j))
+        alone = tiny_pipeline(1, MODALITIES, generator=noise, output_type="np", **latents).images
+        assert_same(np.rint(alone * 65535), images[3 * k + j : 3 * k + j + 1])
     assert_same(images_of(tiny_pipeline, manifest | {"block_size": 3})[0], images)
     assert_same(images_of(tiny_pipeline, manifest_of(6, 6, appearances=3))[0], images[:6])
 

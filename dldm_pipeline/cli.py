@@ -1,4 +1,4 @@
-"""What the scripts share: errors in one line, where a pipeline comes from, and where its subjects go."""
+"""What the scripts share: errors in one line, where a pipeline comes from, and how many threads work."""
 
 import argparse
 import os
@@ -12,8 +12,6 @@ import torch
 from safetensors import SafetensorError
 
 from dldm_pipeline import BUNDLED_CHECKPOINT, DLDMPipeline
-from dldm_pipeline.data.export import export_subjects
-from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
 
 @contextmanager
@@ -70,12 +68,14 @@ def find_pipeline(name: str | None) -> Path:
     return Path(DLDMPipeline.download(name))
 
 
-def save_subjects(
-    output: DLDMPipelineOutput, args: argparse.Namespace, checkpoint: Path, settings: dict[str, Any], **options: Any
-) -> None:
-    """Export an output ("np") of the pipeline in `checkpoint` to `--output`; the manifest gets `settings` and the device.
+def set_threads(num_threads: int | None = None) -> None:
+    """Undo the single thread of `accelerate launch`, which sets OMP_NUM_THREADS=1 for whoever did not set it.
 
-    `args` has the options of [`add_sampling_arguments`]; `options` are further arguments of `export_subjects`.
+    Args:
+        num_threads (`int`, *optional*): Threads of PyTorch on the CPU, whoever launched this process.
     """
-    settings = {**settings, "device": args.device, "num_threads": torch.get_num_threads()}
-    export_subjects(output, args.output, args.seed, settings, checkpoint, overwrite=args.overwrite, **options)
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if num_threads is None and launched and not torch.cuda.is_available():
+        num_threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1")))
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)

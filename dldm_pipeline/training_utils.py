@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from dldm_pipeline.appearance import AcquisitionSampler
 from dldm_pipeline.autoencoder_disentangled import DisentangledAutoencoder
+from dldm_pipeline.cli import set_threads
 from dldm_pipeline.data.phantom import phantom_dataset
 from dldm_pipeline.data.slices import SliceDataset
 from dldm_pipeline.encoding import validate_autoencoder
@@ -73,7 +74,7 @@ def make_accelerator(args: TrainingArgs, project: str) -> Accelerator:
         except ImportError as error:
             raise ValueError(f"--report_to {args.report_to}: not installed; pip install {args.report_to}") from error
     output_dir = make_output_dir(args.output_dir)
-    _set_threads(args.num_threads)
+    set_threads(args.num_threads)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -84,15 +85,6 @@ def make_accelerator(args: TrainingArgs, project: str) -> Accelerator:
     # Each process needs its own noise and timesteps.
     set_seed(args.seed, device_specific=accelerator.num_processes > 1)
     return accelerator
-
-
-def _set_threads(num_threads: int | None) -> None:
-    """Undo the single thread of `accelerate launch`, which sets OMP_NUM_THREADS=1 for whoever did not set it."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if num_threads is None and launched and not torch.cuda.is_available():
-        num_threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1")))
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
 
 
 def log_image(accelerator: Accelerator, name: str, image: Any, step: int) -> None:

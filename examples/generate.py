@@ -5,22 +5,39 @@
     python examples/generate.py --pipeline outputs/ldm                     # a pipeline that you trained, or one of the Hub
     python examples/generate.py --num_subjects 4 --appearances 4           # four anatomies, each as four scanners show it
     python examples/generate.py --format dicom --output outputs/dicom      # or dataset: a data set to train on
+    accelerate launch examples/generate.py --num_subjects 100000 --format dataset --output outputs/many    # on all GPUs
 
 The output folder gets sheet.png for a first look, a folder for each subject with 16-bit PNG and NIfTI files (or the files of
---format), and manifest.json with all that is needed to generate the same subjects again. A seed gives the same subjects for
-any number of subjects and any choice of modalities. With --appearances, appearances.png shows an anatomy in each row and an
-appearance in each column of a modality. All images are synthetic and not for diagnosis.
+--format), and manifest.json with all that is needed to generate the same subjects again. Subjects are written while others are
+generated. A run that was stopped goes on when the same command is typed again; manifest.json is written last. --overwrite
+deletes an earlier output, or an unfinished one of another command, at the start.
+
+A seed gives the same subject k for any number of subjects and processes and any choice of modalities. With --appearances,
+appearances.png shows an anatomy in each row and an appearance in each column of a modality. All images are synthetic and not
+for diagnosis.
 """
 
 import argparse
+import datetime
 import time
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
 
 from dldm_pipeline import DLDMPipeline
-from dldm_pipeline.cli import add_sampling_arguments, exit_on_user_error, find_pipeline, save_subjects
-from dldm_pipeline.data.export import FORMATS, check_export_folder
-from dldm_pipeline.data.sheet import appearances_sheet
+from dldm_pipeline.cli import add_sampling_arguments, exit_on_user_error, find_pipeline, set_threads
+from dldm_pipeline.data.export import FORMATS, check_export_folder, continues_export, new_manifest
+from dldm_pipeline.data.export_blocks import blocks_left, finish_export, start_export, unfinished_manifest
+from dldm_pipeline.data.generation import (
+    SAMPLING_SETTINGS,
+    batch_size,
+    choose_block_size,
+    choose_num_workers,
+    generate_blocks,
+    write_blocks,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,44 +49,86 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, default="nifti", help=f"{formats} (default: %(default)s)")
     steps = "denoising steps of each style; those of the structure are --num_inference_steps (default: %(default)s)"
     parser.add_argument("--num_style_inference_steps", type=int, default=5, help=steps)
+    workers = "processes that write files, for each that generates (default: 0 for few subjects, else up to 4)"
+    parser.add_argument("--num_workers", type=int, help=workers)
     add_sampling_arguments(parser, "outputs/generated")
     return parser.parse_args(argv)
+
+
+def prepare(args: argparse.Namespace, state: PartialState) -> DLDMPipeline:
+    """Check the arguments, load the pipeline, and start the export or find the unfinished one of the same command."""
+    if args.appearances < 1:
+        raise ValueError(f"--appearances {args.appearances}: must be at least 1")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise ValueError(f"--num_workers {args.num_workers}: must be at least 0")
+    if args.appearances > 1 and args.format == "dataset":
+        raise ValueError("--appearances: one anatomy could be in training and validation; use another --format.")
+    begun = unfinished_manifest(args.output) is not None
+    check_export_folder(args.output, args.overwrite or begun, args.format)
+    folder = find_pipeline(args.pipeline)
+    device = state.device if state.num_processes > 1 else args.device
+    pipeline = DLDMPipeline.from_pretrained(folder).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+
+    config = pipeline.autoencoder.config
+    modalities = args.modalities or list(config.modalities)
+    sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING_SETTINGS}
+    pipeline.check_inputs(
+        num_subjects=args.num_subjects,
+        modalities=modalities,
+        eta=0,
+        noise_scale=1,
+        generator=None,
+        structure=None,
+        styles=None,
+        batch_size=None,
+        output_type="np",
+        callback_inputs=(),
+        **sampling,
+    )
+    threads = {"device": str(device), "num_threads": torch.get_num_threads()}
+    count = args.num_subjects * args.appearances
+    manifest = new_manifest(
+        count,
+        modalities,
+        (config.sample_size, config.sample_size),
+        regions=config.num_regions > 1,
+        seed=args.seed,
+        settings=sampling | {"appearances": args.appearances} | threads,
+        checkpoint=folder,
+        format=args.format,
+        block_size=choose_block_size(count, args.appearances, batch_size(device), state.num_processes),
+    )
+    if not continues_export(args.output, manifest, args.overwrite) and state.is_main_process:
+        start_export(args.output, manifest, args.overwrite)
+    return pipeline
 
 
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     started = time.perf_counter()
-    if args.appearances < 1:
-        raise ValueError(f"--appearances {args.appearances}: must be at least 1")
-    if args.appearances > 1 and args.format == "dataset":
-        raise ValueError("--appearances: one anatomy could be in training and validation; use another --format.")
-    check_export_folder(args.output, args.overwrite, args.format)
-    folder = find_pipeline(args.pipeline)
-    pipeline = DLDMPipeline.from_pretrained(folder).to(args.device)
-    names = ("num_inference_steps", "num_style_inference_steps", "guidance_scale")
-    settings = {name: getattr(args, name) for name in names}
-    generator = torch.Generator().manual_seed(args.seed)
-    kept, count = {}, args.num_subjects * args.appearances
-    if args.appearances > 1:
-        latents = pipeline(
-            max(args.num_subjects, args.appearances),
-            args.modalities,
-            generator=generator,
-            output_type="latent",
-            **settings,
-        )
-        kept["structure"] = latents.structure[: args.num_subjects].repeat_interleave(args.appearances, dim=0)
-        kept["styles"] = latents.styles[: args.appearances].repeat(args.num_subjects, 1, 1)
-    output = pipeline(count, args.modalities, generator=generator, output_type="np", **settings, **kept)
-    settings["appearances"] = args.appearances
-    save_subjects(output, args, folder, settings, format=args.format)
-    if args.appearances > 1:
-        grid = output.images.reshape(args.num_subjects, args.appearances, *output.images.shape[1:])
-        appearances_sheet(grid, output.modalities, args.output / "appearances.png")
-    seconds = time.perf_counter() - started
-    print(f"{count} subjects x {len(output.modalities)} modalities and masks in {seconds:.0f} s")
-    print(f"look at {args.output / 'sheet.png'}")
+    set_threads()
+    # The first process to end waits for the slowest.
+    state = PartialState(cpu=args.device == "cpu", timeout=datetime.timedelta(days=7))
+    with state.main_process_first():
+        pipeline = prepare(args, state)
+
+    manifest, left = unfinished_manifest(args.output), blocks_left(args.output)
+    state.wait_for_everyone()  # all have to see the same blocks
+    count, num_processes = manifest["num_subjects"], state.num_processes
+    num_workers = choose_num_workers(count, num_processes) if args.num_workers is None else args.num_workers
+    with state.split_between_processes(left) as starts:
+        subjects = sum(min(manifest["block_size"], count - start) for start in starts)
+        name = "subjects" if num_processes == 1 else f"subjects, process 1 of {num_processes}"
+        with tqdm(total=subjects, desc=name, unit="subject", disable=not state.is_main_process) as bar:
+            write_blocks(args.output, generate_blocks(pipeline, manifest, starts, bar.update), num_workers)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish_export(args.output)
+        seconds = time.perf_counter() - started
+        print(f"{count} subjects x {len(manifest['modalities'])} modalities and masks in {seconds:.0f} s")
+        print(f"look at {args.output / 'sheet.png'}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from dldm_pipeline import DLDMTranslationPipeline
-from dldm_pipeline.cli import add_sampling_arguments, exit_on_user_error, find_pipeline, save_subjects
-from dldm_pipeline.data.export import SHEET_SUBJECTS, TRANSLATION_NOTICE, check_export_folder
+from dldm_pipeline.cli import add_sampling_arguments, exit_on_user_error, find_pipeline
+from dldm_pipeline.data.export import TRANSLATION_NOTICE, check_export_folder, export_subjects
+from dldm_pipeline.data.export_blocks import SHEET_SUBJECTS
 from dldm_pipeline.data.phantom import SEQUENCES, phantom_rows
 from dldm_pipeline.data.scans import find_scans
 from dldm_pipeline.data.sheet import contact_sheet
@@ -99,7 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {"given": given, "sources": [f"{row['subject']}, slice {row['slice_index']}" for row in rows]}
     spacings = {row["pixel_spacing"] for row in rows}
     spacing = spacings.pop() if len(spacings) == 1 else None
-    save_subjects(output, args, folder, settings, pixel_spacing=spacing, notice=TRANSLATION_NOTICE)
+    settings |= {"device": args.device, "num_threads": torch.get_num_threads()}
+    options = dict(pixel_spacing=spacing, overwrite=args.overwrite, notice=TRANSLATION_NOTICE)
+    export_subjects(output, args.output, args.seed, settings, folder, **options)
     save_sheet(rows, given, output, args.output / "sheet.png")
     seconds = time.perf_counter() - started
     print(f"{len(rows)} slices: {', '.join(output.modalities)} and masks from {', '.join(given)} in {seconds:.0f} s")

@@ -13,32 +13,29 @@ or in format "dataset" what `SliceDataset` and the training scripts read:
     FOLDER/README.md                                         a data card
     FOLDER/data/train-00000-of-00001.parquet, ...            see `dldm_pipeline.data.slices`
 
-Names are BraTS-like, so what reads BraTS reads this; `training/prepare_dataset.py` reads "nifti" and "dicom".
+Names are BraTS-like, so what reads BraTS reads this; `training/prepare_dataset.py` reads "nifti" and "dicom". The manifest is
+written last: where it is, the export is complete.
 """
 
 import hashlib
 import importlib.util
 import json
 import os
-import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from tqdm.auto import tqdm
-
-from dldm_pipeline.data.export_dicom import write_dicom
-from dldm_pipeline.data.files import new_folder, write_text
-from dldm_pipeline.data.sheet import contact_sheet
-from dldm_pipeline.data.slices import data_card, write_slices
-from dldm_pipeline.modalities import LABELS, MASK
+from dldm_pipeline.data.export_blocks import (
+    Block,
+    file_word,
+    finish_export,
+    start_export,
+    unfinished_manifest,
+    write_block,
+)
+from dldm_pipeline.data.files import new_folder
 from dldm_pipeline.pipeline_dldm import DLDMPipelineOutput
 
 FORMATS = ("nifti", "dicom", "dataset")
@@ -49,7 +46,6 @@ TRANSLATION_NOTICE = (
 )
 FIELD_OF_VIEW = 195.0
 """Side of an image in mm where no pixel spacing is given: the mean of the simulated subjects, whose brains fill the image."""
-SHEET_SUBJECTS = 16
 _PACKAGES = ("dldm_pipeline", "torch", "diffusers", "numpy", "nibabel", "pillow")
 
 
@@ -67,8 +63,9 @@ def export_subjects(
     """Write the subjects of a pipeline's output, a contact sheet and a manifest.
 
     Everything is written to a hidden folder beside `folder`, which takes its name at the end: it is there complete or not
-    at all. Images hold 0 to 65535 for [0, 1]. NIfTI and DICOM images are one axial slice, centred at the origin, in the
-    orientation that `dldm_pipeline.data.volumes` gives its slices (row 0 anterior, column 0 the patient's right).
+    at all. For more subjects than fit into memory, see `dldm_pipeline.data.generation`. Images hold 0 to 65535 for [0, 1].
+    NIfTI and DICOM images are one axial slice, centred at the origin, in the orientation that `dldm_pipeline.data.volumes`
+    gives its slices (row 0 anterior, column 0 the patient's right).
 
     - `"nifti"`: NIfTI, marked in `descrip` and by the notice in a header extension, and 16-bit PNG with the notice as text.
       The tumour's NIfTI holds the labels of its regions where the pipeline knows them.
@@ -99,54 +96,118 @@ def export_subjects(
         FileExistsError: If there is something in `folder` that may not be replaced.
         OSError: If `folder` cannot be written, or the disk is full.
     """
-    images, labels = output.images, output.masks if output.labels is None else output.labels
-    if torch.is_tensor(images):
-        images, labels = images.cpu().numpy(), labels.cpu().numpy()
-    if not isinstance(images, np.ndarray):
-        raise ValueError("`output` has no float images to export; call the pipeline with `output_type='np'`.")
-    if not np.isfinite(images).all():
-        raise ValueError("`output.images` has values that are not numbers: the pipeline's weights are broken.")
-    if len({*map(_file_word, output.modalities), "seg"}) != len(output.modalities) + 1:
-        raise ValueError(f"The modalities {output.modalities} do not give different file names; rename one.")
-    images, labels = np.clip(images, 0, 1), labels.astype(np.uint8)
-    regions = output.labels is not None
-    height, width = labels.shape[1:]
-    spacing = tuple(float(step) for step in pixel_spacing or (FIELD_OF_VIEW / height, FIELD_OF_VIEW / width))
+    block = Block.from_output(output)
+    manifest = new_manifest(
+        len(block.images),
+        output.modalities,
+        block.labels.shape[1:],
+        regions=output.labels is not None,
+        seed=seed,
+        settings=settings,
+        checkpoint=checkpoint,
+        pixel_spacing=pixel_spacing,
+        notice=notice,
+        format=format,
+    )
     check_export_folder(folder, overwrite, format)
-    manifest = {
+    folder = Path(folder).absolute()
+    with new_folder(folder, overwrite) as temporary:
+        start_export(temporary, manifest)
+        write_block(temporary, block)
+        finish_export(temporary)
+    return folder
+
+
+def new_manifest(
+    num_subjects: int,
+    modalities: Sequence[str],
+    image_size: tuple[int, int],
+    regions: bool = False,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    pixel_spacing: tuple[float, float] | None = None,
+    notice: str = NOTICE,
+    format: str = "nifti",
+    block_size: int | None = None,
+) -> dict[str, Any]:
+    """The manifest of an export before there are subjects, for [`~data.export_blocks.start_export`].
+
+    Args:
+        num_subjects (`int`): Number of subjects.
+        modalities (`Sequence[str]`): n names.
+        image_size (`tuple[int, int]`): Height and width in pixels.
+        regions (`bool`, *optional*, defaults to `False`): Whether the regions of tumours are known.
+        seed, settings, checkpoint, pixel_spacing, notice, format: As in [`export_subjects`].
+        block_size (`int`, *optional*): Subjects that are written together; all by default.
+
+    Raises:
+        ValueError: If modality names give one file name.
+        FileNotFoundError: If `checkpoint` holds no weights.
+    """
+    if len({*map(file_word, modalities), "seg"}) != len(modalities) + 1:
+        raise ValueError(f"The modalities {modalities} do not give different file names; rename one.")
+    height, width = image_size
+    return {
         "synthetic": True,
         "notice": notice,
         "format": format,
-        "num_subjects": len(images),
-        "modalities": list(output.modalities),
+        "num_subjects": num_subjects,
+        "block_size": block_size or num_subjects,
+        "modalities": list(modalities),
         "image_size": [height, width],
-        "pixel_spacing_mm": spacing,
+        "pixel_spacing_mm": [float(step) for step in pixel_spacing or (FIELD_OF_VIEW / height, FIELD_OF_VIEW / width)],
         "intensities": "0 to 65535 stands for [0, 1]; in the mask, what is not 0 is tumour"
         + (": 1 necrotic core, 2 oedema, 3 enhancing tumour (NIfTI only)" if regions else ""),
+        "regions": regions,
         "seed": seed,
         "settings": dict(settings or {}),
         "checkpoint": checkpoint and {"name": Path(checkpoint).resolve().name, "sha256": checkpoint_hashes(checkpoint)},
         "versions": package_versions(),
-        "subjects": [
-            {"name": f"synthetic-{k:04d}", "files": {}, "tumour_pixels": int((label > 0).sum())}
-            for k, label in enumerate(labels)
-        ],
     }
-    folder = Path(folder).absolute()
-    with new_folder(folder, overwrite) as temporary:
-        subjects = tqdm(list(zip(manifest["subjects"], images, labels, strict=True)), desc="export")
-        if format == "dataset":
-            _write_dataset(temporary, subjects, output.modalities, height, spacing, notice, regions)
-        else:
-            for entry, subject, label in subjects:
-                grey = dict(zip(output.modalities, np.rint(subject * 65535).astype(np.uint16), strict=True))
-                entry["files"] = _write_subject(temporary, entry["name"], grey, label, spacing, notice, format)
-        names = [subject["name"] for subject in manifest["subjects"][:SHEET_SUBJECTS]]
-        shown, coloured = labels[:SHEET_SUBJECTS], labels[:SHEET_SUBJECTS] if regions else None
-        path = temporary / "sheet.png"
-        contact_sheet(images[:SHEET_SUBJECTS], shown, output.modalities, names, path, labels=coloured)
-        write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    return folder
+
+
+def continues_export(folder: str | os.PathLike, manifest: Mapping[str, Any], overwrite: bool = False) -> bool:
+    """Whether `folder` holds an unfinished export of this manifest, with which to go on.
+
+    The device, the number of threads, the size of blocks and the versions of packages may differ.
+
+    Args:
+        folder (`str` or `os.PathLike`): Folder of an export.
+        manifest (`Mapping`): From [`new_manifest`].
+        overwrite (`bool`, *optional*, defaults to `False`): Whether an unfinished export of another manifest may be
+            replaced.
+
+    Raises:
+        FileExistsError: If there is one that may not be replaced. The message names what differs.
+    """
+    begun = unfinished_manifest(folder)
+    if begun is None:
+        return False
+    before, now = _subjects_described(begun), _subjects_described(json.loads(json.dumps(manifest)))
+    different = [name for name in now if before.get(name) != now[name]]
+    if different and not overwrite:
+        name = different[0]
+        value = (
+            "weights of another checkpoint" if name == "checkpoint" else f"{name} {before.get(name)}, not {now[name]}"
+        )
+        raise FileExistsError(
+            f"{folder} holds an unfinished export with {value}; go on with the command that began it, name another output "
+            "folder, or replace it (--overwrite)."
+        )
+    return not different
+
+
+def _subjects_described(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What two manifests of the same subjects and files have in common."""
+    settings = dict(manifest["settings"])
+    names = ("format", "modalities", "seed", "image_size", "pixel_spacing_mm", "regions", "notice")
+    return {
+        "num_subjects": manifest["num_subjects"] // settings.get("appearances", 1),
+        "checkpoint": (manifest["checkpoint"] or {}).get("sha256"),
+        **{name: manifest[name] for name in names},
+        **{name: value for name, value in settings.items() if name not in ("device", "num_threads")},
+    }
 
 
 def check_export_folder(folder: str | os.PathLike, overwrite: bool = False, format: str = "nifti") -> None:
@@ -180,7 +241,9 @@ def check_export_folder(folder: str | os.PathLike, overwrite: bool = False, form
 
 
 def is_export(folder: str | os.PathLike) -> bool:
-    """Whether a folder was written by `export_subjects`: its manifest.json says `"synthetic": true`."""
+    """Whether a folder holds an export, complete or not: its manifest.json says `"synthetic": true`."""
+    if unfinished_manifest(folder) is not None:
+        return True
     try:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -214,76 +277,3 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return versions
-
-
-def _file_word(modality: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", modality.lower())
-
-
-def _write_subject(
-    root: Path,
-    name: str,
-    images: dict[str, np.ndarray],
-    label: np.ndarray,
-    spacing: tuple[float, float],
-    notice: str,
-    format: str,
-) -> dict[str, dict[str, str]]:
-    """Write one subject's folder. Returns the files of each modality and the mask, relative to `root`."""
-    (root / name).mkdir()
-    stems = {key: f"{name}/{name}_{_file_word(key)}" for key in images} | {MASK: f"{name}/{name}_seg"}
-    if format == "dicom":
-        files = [root / f"{stem}.dcm" for stem in stems.values()]
-        write_dicom(
-            files, images, (label > 0).astype(np.uint8), name, spacing, notice, package_versions()["dldm_pipeline"]
-        )
-        return {key: {"dicom": f"{stem}.dcm"} for key, stem in stems.items()}
-    for stem, pixels in zip(stems.values(), (*images.values(), label), strict=True):
-        _write_nifti(root / f"{stem}.nii.gz", pixels, spacing, notice)
-        text = PngInfo()
-        text.add_text("Synthetic", "true")
-        text.add_text("Description", notice)
-        shown = np.where(pixels > 0, 255, 0).astype(np.uint8) if pixels is label else pixels
-        Image.fromarray(shown).save(root / f"{stem}.png", pnginfo=text)
-    return {key: {"nifti": f"{stem}.nii.gz", "png": f"{stem}.png"} for key, stem in stems.items()}
-
-
-def _write_nifti(path: Path, pixels: np.ndarray, spacing: tuple[float, float], notice: str) -> None:
-    # NIfTI's axes point right, anterior and superior; the image's rows run to posterior and its columns to the left.
-    volume = pixels.T[::-1, ::-1, None]
-    affine = np.diag([spacing[1], spacing[0], 1.0, 1.0])
-    affine[:2, 3] = [-(volume.shape[0] - 1) / 2 * spacing[1], -(volume.shape[1] - 1) / 2 * spacing[0]]
-    nifti = nib.Nifti1Image(volume, affine)
-    nifti.header.set_xyzt_units("mm")
-    nifti.header["descrip"] = b"SYNTHETIC image (dldm_pipeline). Not for diagnosis."
-    comment = json.dumps({"synthetic": True, "notice": notice})
-    nifti.header.extensions.append(nib.nifti1.Nifti1Extension("comment", comment.encode()))
-    nib.save(nifti, path)
-
-
-def _write_dataset(
-    root: Path,
-    subjects: Iterable[tuple[dict, np.ndarray, np.ndarray]],
-    modalities: list[str],
-    image_size: int,
-    spacing: tuple[float, float],
-    notice: str,
-    regions: bool,
-) -> None:
-    rows = (
-        {
-            "subject": entry["name"],
-            "slice_index": 0,
-            **dict(zip(modalities, images, strict=True)),
-            MASK: label > 0,
-            LABELS: label if regions else None,
-            "source": notice,
-            "pixel_spacing": spacing,
-        }
-        for entry, images, label in subjects
-    )
-    summary = write_slices(rows, root, modalities)
-    title = "Synthetic aligned multi-modal brain MRI slices"
-    origin = f"{notice} `manifest.json` says how they were made."
-    card = data_card(title, modalities, image_size, summary, origin, "sheet.png", ["synthetic"])
-    write_text(root / "README.md", card)

@@ -95,7 +95,7 @@ def new_folder(output: str | os.PathLike, overwrite: bool = False) -> Iterator[P
             folder.rename(output)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            reason = f"the disk is full: could not finish {output}; nothing was kept. Free space and run again"
+            reason = f"the disk is full: could not finish {output}; nothing of it was kept. Free space and run again"
             raise OSError(errno.ENOSPC, reason) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             reason = f"cannot write {output} ({error.strerror}); name an output folder you may write to"

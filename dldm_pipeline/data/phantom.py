@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from dldm_pipeline.data.anatomy import shrink, sigmoid
 from dldm_pipeline.data.atlas import interpolate, load_atlas
 from dldm_pipeline.data.mr_signal import SEQUENCES, TISSUES, sample_sequence, sample_tissue_values, signal
-from dldm_pipeline.data.simulated_slices import map_in_order
 from dldm_pipeline.data.slices import write_slices
+from dldm_pipeline.data.workers import map_in_order
 from dldm_pipeline.modalities import DEFAULT_MODALITIES, check_modalities
 
 # Anatomy is computed on about this many pixels across, then averaged down: anti-aliased, and the same at every size.
@@ -127,7 +127,7 @@ def phantom_rows(
         raise ValueError(f"num_subjects is {num_subjects}; ask for at least 1 simulated subject.")
     jobs = [(seed, index, size, modalities) for index in range(num_subjects)]
     load_atlas()  # forked workers then share it
-    yield from map_in_order(_row, jobs, num_workers)
+    yield from map_in_order(_row, jobs, num_workers if num_workers > 1 else 0)
 
 
 def phantom_dataset(

@@ -7,12 +7,8 @@ Subjects are those of `simulation.py`. Their rows keep what drew them, so a slic
     simulate_subject(tuple(row["anatomy_seed"]), other_seed, size, row["height"], tumour=factors["lesions"] > 0)
 """
 
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from tqdm.auto import tqdm
 from dldm_pipeline.data import simulation
 from dldm_pipeline.data.simulation import SimulatedSubject, simulate_subject
 from dldm_pipeline.data.slices import write_slices
+from dldm_pipeline.data.workers import map_in_order
 from dldm_pipeline.modalities import DEFAULT_MODALITIES, LABELS, MASK
 
 FAMILY = 4  # subjects that share their acquisitions; one in five is held out, and two of them should be left
@@ -74,7 +71,7 @@ def simulated_rows(
     jobs = [((seed, index), not free[index], *shape) for index in range(num_subjects)]
     # Also checks size and modalities, and loads what forked workers then share.
     simulate_subject(0, size=size, height=0.5, modalities=modalities)
-    for rows in map_in_order(_subject_rows, jobs, num_workers):
+    for rows in map_in_order(_subject_rows, jobs, num_workers if num_workers > 1 else 0):
         yield from rows
 
 
@@ -119,28 +116,6 @@ def simulated_dataset(
         rows = tqdm(rows, total=total, desc="simulating", unit="slice", disable=not show_progress)
         write_slices(rows, folder, modalities, seed=seed)
     return folder
-
-
-def map_in_order(function: Callable[[tuple], Any], jobs: Sequence[tuple], num_workers: int) -> Iterator[Any]:
-    """Yield `function(job)` of each job, in order, from `num_workers` processes; 0 or 1 works in this one."""
-    if num_workers <= 1:
-        yield from map(function, jobs)
-        return
-    # Not `multiprocessing.Pool`, which waits for ever for a worker that was killed.
-    with ProcessPoolExecutor(min(num_workers, len(jobs)), multiprocessing.get_context("fork")) as pool:
-        try:
-            waiting = deque()
-            for job in jobs:
-                waiting.append(pool.submit(function, job))
-                if len(waiting) > 8 * num_workers:  # with all at once, a slow reader would let the memory grow
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            reason = "a worker was killed, perhaps for want of memory"
-            raise OSError(f"num_workers is {num_workers} and {reason}; give fewer workers.") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _subject_rows(job: tuple) -> list[dict[str, Any]]:

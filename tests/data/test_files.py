@@ -76,7 +76,7 @@ def test_messages_of_the_system_name_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "closed").mkdir(mode=0o500)
     for path, error, message in (
-        (tmp_path / "out", errno.ENOSPC, "the disk is full: could not finish .*out; nothing was kept"),
+        (tmp_path / "out", errno.ENOSPC, "the disk is full: could not finish .*out; nothing of it was kept"),
         (tmp_path / "out", errno.EROFS, "cannot write .*out .*; name an output folder you may write to"),
         (tmp_path / "file" / "out", 0, "cannot write .*file/out .*; name an output folder you may write to"),
         (tmp_path / "closed" / "out", errno.EACCES, "cannot write .*closed/out .*ermission"),  # root may write there

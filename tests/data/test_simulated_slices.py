@@ -1,8 +1,6 @@
 """Data sets of simulated slices, at 32 pixels."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import datasets
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 
 from dldm_pipeline.data import simulation
-from dldm_pipeline.data.simulated_slices import map_in_order, simulated_dataset, simulated_rows
+from dldm_pipeline.data.simulated_slices import simulated_dataset, simulated_rows
 from dldm_pipeline.data.simulation import simulate_subject
 
 OPTIONS = {"size": 32, "modalities": ["BB", "T1"]}
@@ -84,17 +82,6 @@ def test_the_folder_is_that_of_the_simulator(tmp_path: Path, monkeypatch: pytest
 def test_what_cannot_be_made_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(simulated_rows(**{"num_subjects": 1, **arguments}))
-
-
-def test_a_killed_worker_is_an_error() -> None:
-    with pytest.raises(OSError, match="num_workers is 2 and a worker was killed"):
-        list(map_in_order(_die, list(range(4)), 2))
-
-
-def _die(job: int) -> int:
-    if job == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return job
 
 
 def test_fractions_that_look_alike_have_folders_of_their_own(tmp_path) -> None:

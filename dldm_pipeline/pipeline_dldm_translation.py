@@ -50,7 +50,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
         modalities: str | Sequence[str] | None = None,
         reference_images: Mapping[str, ImageInput] | None = None,
         styles: torch.Tensor | None = None,
-        num_inference_steps: int = 10,
+        num_inference_steps: int = 5,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
         noise_scale: float = 1.0,
@@ -81,7 +81,7 @@ class DLDMTranslationPipeline(DLDMPipeline):
                 other anatomies and need not be aligned with `images`; those that are not wanted are not used.
             styles (`torch.Tensor`, *optional*):
                 (S or 1, M, c_t), the styles of all modalities wanted, in their order, such as an output's `styles`.
-            num_inference_steps (`int`, *optional*, defaults to 10):
+            num_inference_steps (`int`, *optional*, defaults to 5):
                 Denoising steps of the styles (`num_style_inference_steps` of [`DLDMPipeline`]).
             guidance_scale, eta, noise_scale, batch_size, output_type, return_dict, callback_on_step_end_tensor_inputs:
                 As in [`DLDMPipeline`].

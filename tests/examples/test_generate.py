@@ -114,6 +114,12 @@ def stop_after(blocks: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(generation, "write_block", write_or_fail)
 
 
+@pytest.fixture
+def batches_of_8(script, monkeypatch):
+    monkeypatch.setattr(script, "batch_size", lambda device: 8)
+
+
+@pytest.mark.usefixtures("batches_of_8")
 @pytest.mark.parametrize("format", ["nifti", "dataset"])
 def test_a_stopped_run_goes_on_with_the_same_command(script, refused, words, tmp_path, monkeypatch, format):
     words = [*words, "--num_subjects", "20", "--format", format]  # blocks of 8, 8 and 4
@@ -130,6 +136,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(script, refused, words, tmp
         shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("batches_of_8")
 def test_another_command_does_not_go_on_with_an_unfinished_run(script, refused, words, tmp_path, monkeypatch):
     words = [*words, "--num_subjects", "10"]
     with monkeypatch.context() as patch:

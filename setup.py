@@ -52,6 +52,7 @@ setup(
         "huggingface-hub>=0.30",
         "datasets>=3.2",
         "clean-fid>=0.1.35",
+        "filelock>=3.12",
         # Real volumes, and the atlas behind the simulated subjects.
         "nibabel>=5.2",
         "nilearn>=0.11",

@@ -27,6 +27,9 @@ def exit_on_user_error() -> Iterator[None]:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:

@@ -125,12 +125,13 @@ def measure_latents(model: DisentangledAutoencoder, loader: Iterable[dict[str, t
     mean = total / number
     std = (squares / number - mean**2).clamp(min=1e-12).sqrt()
     styles, known = torch.cat(styles), torch.cat(known)
+    style_mean, style_std = styles[known].mean(dim=0), styles[known].std(dim=0, correction=0).clamp(min=1e-6)
     model.register_to_config(
         structure_shift=mean.tolist(),
         structure_scale=std.tolist(),
-        style_shift=styles[known].mean(dim=0).tolist(),
-        style_scale=styles[known].std(dim=0, correction=0).clamp(min=1e-6).tolist(),
-        style_relation=style_relation(styles[known.all(dim=1)]),
+        style_shift=style_mean.tolist(),
+        style_scale=style_std.tolist(),
+        style_relation=style_relation((styles[known.all(dim=1)] - style_mean) / style_std),
     )
 
 
@@ -141,13 +142,13 @@ def style_relation(styles: torch.Tensor) -> list[list[float]] | None:
     gives styles that are correlated between modalities, too, and each modality's noise stays N(0, 1).
 
     Args:
-        styles: (N, n, c_t), of subjects with all modalities.
+        styles: (N, n, c_t), of subjects with all modalities, on the scale on which they are sampled.
 
     Returns:
-        (n * c_t, n * c_t), or `None` if the subjects are fewer than twice as many.
+        (n * c_t, n * c_t), or `None` if the subjects are fewer than twice as many, or a modality's styles are all one.
     """
     count, n, channels = styles.shape
-    if count < 2 * n * channels:
+    if count < 2 * n * channels or (styles.std(dim=0) == 0).all(dim=1).any():
         return None
     centred = styles - styles.mean(dim=0)
     values, vectors = torch.linalg.eigh(torch.einsum("sni,snj->nij", centred, centred) / count)

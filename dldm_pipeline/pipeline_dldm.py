@@ -274,7 +274,7 @@ class DLDMPipeline(PipelineMixin, DiffusionPipeline):
         # The noise of all modalities, wanted or not, because it is related as the styles of one subject are.
         generators = [torch.Generator().manual_seed(seed) for one in seeds for seed in one[1 : n + 1]]
         noise = self._draw_noise(generators, channels).view(subjects, n * channels)
-        if config.get("style_relation"):
+        if config.get("style_relation") is not None:
             noise = noise @ torch.linalg.cholesky(torch.tensor(config.style_relation)).T.to(noise)
         noise = noise.view(subjects, n, channels)[:, wanted].flatten(0, 1)
         generators = [generators[s * n + m] for s in range(subjects) for m in wanted]

@@ -76,6 +76,16 @@ def check_components(autoencoder: ModelMixin, unet: UNet2DModel, style_grid: int
     if style_grid is not None and style_grid not in fitting:
         raise ValueError(f"`style_grid` must be one of {fitting} for this unet and autoencoder, got {style_grid!r}.")
     n = len(autoencoder.config.modalities)
+    relation, side = autoencoder.config.get("style_relation"), n * autoencoder.config.style_channels
+    if relation is not None:
+        matrix = torch.tensor(relation) if all(len(row) == side for row in relation) else torch.zeros(0)
+        fits = matrix.shape == (side, side) and bool(matrix.isfinite().all())
+        fits = fits and torch.allclose(matrix, matrix.T) and torch.allclose(matrix.diag(), torch.ones(side), atol=1e-3)
+        if not fits or torch.linalg.cholesky_ex(matrix).info:
+            raise ValueError(
+                f"`style_relation` of the autoencoder must be a correlation matrix of {side} rows, for {n} modalities; set "
+                "it to None, or train the autoencoder again."
+            )
     channels = autoencoder.config.structure_channels + autoencoder.config.style_channels
     size = unet.config.sample_size
     for name, value, expected in (

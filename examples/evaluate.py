@@ -280,8 +280,7 @@ def main(argv: list[str] | None = None, extractor: FeatureExtractor | None = Non
         ),
     }
     appearances = args.output / "figures" / "appearances.png"
-    exchange_sheet(autoencoder, items, appearances)
-    pictures = {"appearances": appearances} if appearances.is_file() else {}
+    pictures = {"appearances": appearances} if exchange_sheet(autoencoder, items, appearances) else {}
 
     # 3. The pipeline and the other systems.
     if pipeline is not None:

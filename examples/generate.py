@@ -20,10 +20,14 @@ for diagnosis.
 import argparse
 import datetime
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from dldm_pipeline import DLDMPipeline
@@ -111,6 +115,32 @@ def main(argv: list[str] | None = None) -> None:
     set_threads()
     # The first process to end waits for the slowest.
     state = PartialState(cpu=args.device == "cpu", timeout=datetime.timedelta(days=7))
+    with one_run(args.output) if state.is_main_process else nullcontext():
+        run(args, state, started)
+
+
+@contextmanager
+def one_run(output: Path) -> Iterator[None]:
+    """Refuse a second run on the same folder while this one writes there."""
+    lock = FileLock(output.absolute().with_name(f".{output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"--output {output}: another run is writing there; wait for it, or name another folder"
+        ) from None
+    except OSError:  # nothing can be written there, as `check_export_folder` says better
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+
+def run(args: argparse.Namespace, state: PartialState, started: float) -> None:
+    """Generate, write and finish, with the other processes."""
     with state.main_process_first():
         pipeline = prepare(args, state)
 
@@ -128,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         finish_export(args.output)
         seconds = time.perf_counter() - started
         print(f"{count} subjects x {len(manifest['modalities'])} modalities and masks in {seconds:.0f} s")
-        print(f"look at {args.output / 'sheet.png'}")
+        print(f"look at {args.output / ('appearances.png' if args.appearances > 1 else 'sheet.png')}")
 
 
 if __name__ == "__main__":

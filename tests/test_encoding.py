@@ -122,6 +122,16 @@ def test_the_relation_of_styles_is_that_between_modalities():
     made = roots @ relation @ roots.T
     assert (made - covariance).norm() < 0.02 * covariance.norm()
     assert style_relation(styles[:20]) is None  # too few to tell
+    assert style_relation(torch.zeros(5000, 3, 4)) is None
+
+
+@torch.no_grad()
+def test_styles_are_related_on_the_scale_of_the_sampler(tiny_autoencoder):
+    subjects = [batch() for _ in range(2)] * 3
+    measure_latents(tiny_autoencoder, subjects)
+    styles = torch.cat([tiny_autoencoder.encode(s["images"]).style_dist.mode().double() for s in subjects])
+    expected = style_relation(tiny_autoencoder.normalize_style(styles))
+    np.testing.assert_allclose(tiny_autoencoder.config.style_relation, expected, atol=2e-3)
 
 
 def test_measured_noise_is_that_of_the_images():

@@ -338,5 +338,12 @@ def test_a_denoiser_that_does_not_fit_and_images_that_are_no_numbers_are_refused
     for grid in (0, 1, 3, 8, "4"):
         with pytest.raises(ValueError, match=r"`style_grid` must be one of \[2, 4\]"):
             DLDMPipeline(**pipe.components, style_grid=grid)
+    for relation in ([[1.0]], (torch.eye(9) * 4).tolist(), (2 * torch.eye(9) - 1).tolist()):
+        pipe.autoencoder.register_to_config(style_relation=relation)
+        with pytest.raises(
+            ValueError, match="`style_relation` of the autoencoder must be a correlation matrix of 9 rows"
+        ):
+            DLDMPipeline(**pipe.components)
+    pipe.autoencoder.register_to_config(style_relation=None)
     with pytest.raises(ValueError, match="hold NaN"):
         call(pipe, 1, structure=torch.full((1, 4, 4, 4), float("nan")))

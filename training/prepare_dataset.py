@@ -10,6 +10,7 @@ How scans are read is written in `dldm_pipeline/data/volumes.py`.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dldm_pipeline.cli import exit_on_user_error
+from dldm_pipeline.data.export import is_export
 from dldm_pipeline.data.files import write_text
 from dldm_pipeline.data.phantom import phantom_rows
 from dldm_pipeline.data.scans import Scan, find_scans
@@ -85,6 +87,13 @@ def main(argv: list[str] | None = None) -> None:
         total = args.simulation * args.slices_per_subject * args.acquisitions
         rows = tqdm(rows, total=total, desc="simulating", unit="slice")
     else:
+        if is_export(args.scans):
+            manifest = json.loads((Path(args.scans) / "manifest.json").read_text(encoding="utf-8"))
+            if manifest.get("settings", {}).get("appearances", 1) > 1:
+                raise ValueError(
+                    f"{args.scans} has each anatomy in several appearances: one would be in training and validation. "
+                    "Generate without --appearances."
+                )
         scans = find_scans(args.scans)
         found = {name for scan in scans if not scan.problem for name in scan.files}
         found = tuple(name for name in CANONICAL_MODALITIES if name in found)

@@ -121,7 +121,8 @@ def load_autoencoder(args: AutoencoderArgs, modalities: Sequence[str]) -> Disent
     changes = {name: max(getattr(args, name), config[name]) for name in ("encoder_blocks", "decoder_blocks")}
     if (known, config["sample_size"]) != (names, args.resolution):
         scales = {f"{kind}_{name}": None for kind in ("structure", "style") for name in ("shift", "scale")}
-        changes |= {"modalities": names, "sample_size": args.resolution, "noise_level": None, **scales}
+        scales |= {"style_relation": None, "noise_level": None}
+        changes |= {"modalities": names, "sample_size": args.resolution, **scales}
         weights["modality_embedding.weight"] = transfer_rows(weights["modality_embedding.weight"], known, names)
         rows = weights["encoder_linear.weight"].unflatten(1, (len(known), -1)).transpose(0, 1)
         # The map sums over the modalities, whose number changes.

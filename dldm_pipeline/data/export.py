@@ -188,9 +188,7 @@ def continues_export(folder: str | os.PathLike, manifest: Mapping[str, Any], ove
     different = [name for name in now if before.get(name) != now[name]]
     if different and not overwrite:
         name = different[0]
-        value = (
-            "weights of another checkpoint" if name == "checkpoint" else f"{name} {before.get(name)}, not {now[name]}"
-        )
+        value = "files of another checkpoint" if name == "checkpoint" else f"{name} {before.get(name)}, not {now[name]}"
         raise FileExistsError(
             f"{folder} holds an unfinished export with {value}; go on with the command that began it, name another output "
             "folder, or replace it (--overwrite)."
@@ -252,14 +250,14 @@ def is_export(folder: str | os.PathLike) -> bool:
 
 
 def checkpoint_hashes(folder: str | os.PathLike) -> dict[str, str]:
-    """SHA-256 of each safetensors file below a folder, by its path there; what `sha256sum` prints.
+    """SHA-256 of each safetensors and JSON file below a folder, by its path there; what `sha256sum` prints.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no safetensors file.
     """
     folder = Path(folder)
-    files = sorted(folder.rglob("*.safetensors"))
-    if not files:
+    files = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")])
+    if not any(path.suffix == ".safetensors" for path in files):
         raise FileNotFoundError(f"{folder} holds no safetensors file; a pipeline folder (save_pretrained) is needed.")
     hashes = {}
     for path in files:

@@ -96,7 +96,8 @@ def unfinished_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
     try:
         if (folder / "manifest.json").exists():
             return None
-        return json.loads((folder / _UNFINISHED / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / _UNFINISHED / "manifest.json").read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest, dict) else None
     except (OSError, ValueError):
         return None
 
@@ -158,8 +159,8 @@ def finish_export(folder: str | os.PathLike) -> None:
     else:
         for block in blocks:
             for entry in _entries([block]):
-                if (block / entry["name"]).exists():
-                    (block / entry["name"]).rename(folder / entry["name"])
+                if not (folder / entry["name"]).exists():  # or it was moved before a stop
+                    _move(block / entry["name"], folder / entry["name"])
     _write_sheets(folder, blocks, manifest)
     with atomic_write(folder / "manifest.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         # A line for each subject, so that memory does not grow with their number.
@@ -190,6 +191,13 @@ def _subject_name(number: int) -> str:
     return f"synthetic-{number:04d}"
 
 
+def _move(source: Path, target: Path) -> None:
+    if not source.exists():
+        reason = f"is gone. Delete {source.parent} and type the same command again"
+        raise FileNotFoundError(f"{source} was written and {reason}.")
+    source.rename(target)
+
+
 def _entries(blocks: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """The manifest's entries of the subjects of blocks."""
     for block in blocks:
@@ -204,6 +212,9 @@ def _sheet_subjects(manifest: dict[str, Any]) -> int:
 def _write_sheets(folder: Path, blocks: list[Path], manifest: dict[str, Any]) -> None:
     count = _sheet_subjects(manifest)
     previews = [read_arrays(block / "preview.safetensors") for block in blocks[: -(-count // manifest["block_size"])]]
+    damaged = [block for block, preview in zip(blocks, previews, strict=False) if preview is None]
+    if damaged:
+        raise ValueError(f"{damaged[0]} is damaged. Delete it and type the same command again.")
     images, labels = (np.concatenate([preview[key] for preview in previews])[:count] for key in ("images", "labels"))
     shown = labels[:SHEET_SUBJECTS]
     contact_sheet(
@@ -256,8 +267,9 @@ def _move_shards(folder: Path, blocks: list[Path], manifest: dict[str, Any]) -> 
         for split in SPLITS:
             files = [block / f"{split}.parquet" for block, found in zip(blocks, splits, strict=True) if split in found]
             for number, file in enumerate(files):
-                if file.exists():  # or it was moved before a stop
-                    file.rename(staged / f"{split}-{number:05d}-of-{len(files):05d}.parquet")
+                shard = staged / f"{split}-{number:05d}-of-{len(files):05d}.parquet"
+                if not shard.exists():  # or it was moved before a stop
+                    _move(file, shard)
         staged.rename(folder / "data")
     counts = {split: sum(found.count(split) for found in splits) for split in SPLITS}
     summary = {split: {"subjects": count, "rows": count} for split, count in counts.items()}

@@ -39,6 +39,7 @@ FACTORS = ("top", "exponent", "noise")  # of each modality's acquisition: what i
 PENALTIES = np.logspace(-1, 6, 15)  # of the ridge regressions
 PURE = 0.9  # fraction of a tissue from which on a pixel counts to its mean
 FEWEST_PIXELS = 20  # for a tissue's mean
+FEWEST_SUBJECTS = 4  # for exchanged curves
 
 
 @torch.no_grad()
@@ -228,7 +229,7 @@ def exchange_of_curves(
     styles of another subject's slice.
 
     Args:
-        dataset: items of a held-out `SliceDataset`. Those that lack a modality are left out.
+        dataset: items of a held-out `SliceDataset`. Those that lack a modality, or show little but tumour, are left out.
         num_pairs: how many; a slice is in several where there are fewer slices.
 
     Returns:
@@ -236,12 +237,19 @@ def exchange_of_curves(
         that of the slice itself, both under their curves; `num_slices`, that the pairs are of.
 
     Raises:
-        ValueError: if the model does not know T1, or fewer than two subjects have all modalities.
+        ValueError: if the model does not know T1, or too few subjects have all modalities.
     """
     names = list(autoencoder.config.modalities)
-    whole = [item for item in dataset if item["present"].all()]
-    if "T1" not in names or len({item["subject"] for item in whole}) < 2:
-        raise ValueError("Exchanged intensity curves need T1, and two subjects with all modalities.")
+    if "T1" not in names:
+        raise ValueError("Exchanged intensity curves need T1.")
+    t1 = names.index("T1")
+    whole = [
+        item
+        for item in dataset
+        if item["present"].all() and ((item["images"][t1] > 0) & (item["mask"] < 0.5)).sum() > 3 * FEWEST_PIXELS
+    ]
+    if len({item["subject"] for item in whole}) < FEWEST_SUBJECTS:
+        raise ValueError(f"Exchanged intensity curves need {FEWEST_SUBJECTS} subjects with all modalities.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Evenly spread over the slices, and each under another curve if it comes again.
@@ -253,9 +261,9 @@ def exchange_of_curves(
         donors = np.array([torch.randint(len(rows), ()).item() for _ in rows])
         while (same := subjects[donors] == subjects).any():
             donors[same] = torch.randint(len(rows), (int(same.sum()),)).numpy()
-    t1 = items["images"][:, names.index("T1")].numpy()
     tumour = items["mask"].numpy() > 0.5
-    white = np.stack([_brightest(image, (image > 0) & ~lesion) for image, lesion in zip(t1, tumour, strict=True)])
+    pairs = zip(items["images"][:, t1].numpy(), tumour, strict=True)
+    white = np.stack([_brightest(image, (image > 0) & ~lesion) for image, lesion in pairs])
     structure, styles = _encode(autoencoder, curved.numpy())
     rendered = _decode(autoencoder, structure, styles[donors])
 
@@ -269,19 +277,23 @@ def exchange_of_curves(
     } | {"num_slices": len(set(rows.tolist()))}
 
 
-def exchange_sheet(autoencoder: torch.nn.Module, dataset: Dataset, path: str | os.PathLike, count: int = 4) -> None:
+def exchange_sheet(autoencoder: torch.nn.Module, dataset: Dataset, path: str | os.PathLike, count: int = 4) -> bool:
     """Saves as PNG `count` subjects, each rebuilt in its own appearance and in those of the others.
 
     Args:
-        dataset: as in [`exchange_of_curves`], of any modalities; nothing is written if it has too few subjects.
+        dataset: as in [`exchange_of_curves`], of any modalities.
+
+    Returns:
+        Whether there were enough subjects; nothing is written else.
     """
     subjects = list({item["subject"]: item["images"] for item in dataset if item["present"].all()}.values())
     if len(subjects) < count:
-        return
+        return False
     chosen = np.linspace(0, len(subjects) - 1, count).astype(int)  # neighbours may be of one scanner
     structure, styles = _encode(autoencoder, torch.stack([subjects[i] for i in chosen]).numpy())
     grid = _decode(autoencoder, structure.repeat_interleave(count, dim=0), styles.repeat(count, 1, 1))
     appearances_sheet(grid.reshape(count, count, *grid.shape[1:]), autoencoder.config.modalities, path)
+    return True
 
 
 def _brightest(image: np.ndarray, where: np.ndarray) -> np.ndarray:

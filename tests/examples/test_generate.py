@@ -36,7 +36,9 @@ def test_writes_subjects_sheet_and_manifest(script, refused, tiny_pipeline, word
     assert "2 subjects x 3 modalities" in capsys.readouterr().out
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["seed"] == 3 and manifest["settings"]["num_inference_steps"] == 2
-    assert len(manifest["checkpoint"]["sha256"]) == 2
+    hashed = {Path(name).name for name in manifest["checkpoint"]["sha256"]}
+    weights, configs = {"diffusion_pytorch_model.safetensors"}, {"config.json", "scheduler_config.json"}
+    assert hashed == weights | configs | {"model_index.json"}
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.width > sheet.height  # two rows, four columns
     # The files hold what the manifest's seeds and settings give.
@@ -150,7 +152,8 @@ def test_another_command_does_not_go_on_with_an_unfinished_run(script, refused, 
         (["--modalities", "T1"], "modalities ['T1', 'T2', 'WB'], not ['T1']"),
         (["--num_style_inference_steps", "2"], "num_style_inference_steps 1, not 2"),
         (["--appearances", "2"], "appearances 1, not 2"),
-        (["--pipeline", str(other_weights(tmp_path))], "weights of another checkpoint"),
+        (["--pipeline", str(other_weights(tmp_path))], "files of another checkpoint"),
+        (["--pipeline", str(other_settings(tmp_path))], "files of another checkpoint"),
     ):
         line = refused(*words, *more)
         assert f"holds an unfinished export with {message}; go on with the command that began it" in line
@@ -166,6 +169,29 @@ def test_another_command_does_not_go_on_with_an_unfinished_run(script, refused, 
     script.main([*words, "--seed", "5", "--overwrite"])
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["seed"] == 5
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name[0] == "."] == []
+
+
+@pytest.mark.usefixtures("batches_of_8")
+def test_a_run_is_alone_and_a_lost_subject_is_noticed(script, refused, words, tmp_path, monkeypatch):
+    words = [*words, "--num_subjects", "10"]
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        refused(*words)
+    with script.one_run(tmp_path / "out"):
+        assert "another run is writing there" in refused(*words)
+    # What was written is not given up for lost.
+    shutil.rmtree(tmp_path / "out" / ".unfinished" / "block-000000000" / "synthetic-0003")
+    assert "synthetic-0003 was written and is gone. Delete" in refused(*words)
+    shutil.rmtree(tmp_path / "out" / ".unfinished" / "block-000000000")
+    script.main(words)
+    assert len(list((tmp_path / "out").glob("synthetic-*"))) == 10
+
+
+def other_settings(tmp_path: Path) -> Path:
+    folder = shutil.copytree(tmp_path / "pipeline", tmp_path / "settings")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"style_grid": None}))
+    return folder
 
 
 def other_weights(tmp_path: Path) -> Path:
@@ -221,6 +247,7 @@ def test_two_processes_share_the_subjects(script, words, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("batches_of_8")
 def test_two_processes_go_on_with_what_one_began(script, refused, words, tmp_path, monkeypatch):
     words = [*words, "--num_subjects", "20"]
     script.main([*words, "--output", str(tmp_path / "one")])

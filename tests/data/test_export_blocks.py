@@ -169,7 +169,7 @@ def test_an_unfinished_export_goes_on_with_the_same_settings_only(tmp_path) -> N
         ({"settings": settings | {"num_inference_steps": 9}}, "num_inference_steps 5, not 9"),
         (
             {"checkpoint": manifest_of("nifti", checkpoint=tmp_path / "b")["checkpoint"]},
-            "weights of another checkpoint",
+            "files of another checkpoint",
         ),
     ):
         with pytest.raises(

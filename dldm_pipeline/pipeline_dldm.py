@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 # Relative, because the siblings lie side by side as remote code and no package is there.
-from .pipeline_utils import DLDMPipelineOutput, PipelineMixin, check_components, check_scheduler
+from .pipeline_utils import DLDMPipelineOutput, PipelineMixin, check_components, check_scheduler, default_batch_size
 
 
 class DLDMPipeline(PipelineMixin, DiffusionPipeline):
@@ -208,7 +208,7 @@ class DLDMPipeline(PipelineMixin, DiffusionPipeline):
         return output if return_dict else tuple(vars(output).values())
 
     def _batch_size(self, batch_size: int | None) -> int:
-        return batch_size or (32 if self._execution_device.type == "cpu" else 256)
+        return batch_size or default_batch_size(self._execution_device)
 
     def _draw_seeds(
         self, num_subjects: int, generator: torch.Generator | Sequence[torch.Generator] | None

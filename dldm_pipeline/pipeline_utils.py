@@ -147,6 +147,11 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             )
 
 
+def default_batch_size(device: str | torch.device) -> int:
+    """Subjects that a pipeline's denoiser takes at a time on a device."""
+    return 32 if torch.device(device).type == "cpu" else 256
+
+
 class PipelineMixin:
     """Loading and saving of a pipeline whose folder carries its modules, and checks of a call's arguments; to be inherited
     before `DiffusionPipeline`."""

@@ -36,12 +36,12 @@ from dldm_pipeline.data.export import FORMATS, check_export_folder, continues_ex
 from dldm_pipeline.data.export_blocks import blocks_left, finish_export, start_export, unfinished_manifest
 from dldm_pipeline.data.generation import (
     SAMPLING_SETTINGS,
-    batch_size,
     choose_block_size,
     choose_num_workers,
     generate_blocks,
     write_blocks,
 )
+from dldm_pipeline.pipeline_utils import default_batch_size
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,7 +101,7 @@ def prepare(args: argparse.Namespace, state: PartialState) -> DLDMPipeline:
         settings=sampling | {"appearances": args.appearances} | threads,
         checkpoint=folder,
         format=args.format,
-        block_size=choose_block_size(count, args.appearances, batch_size(device), state.num_processes),
+        block_size=choose_block_size(count, args.appearances, default_batch_size(device), state.num_processes),
     )
     if not continues_export(args.output, manifest, args.overwrite) and state.is_main_process:
         start_export(args.output, manifest, args.overwrite)

@@ -21,6 +21,7 @@ import torch
 from dldm_pipeline.data.export_blocks import Block, write_block
 from dldm_pipeline.data.workers import map_in_order
 from dldm_pipeline.pipeline_dldm import DLDMPipeline, DLDMPipelineOutput
+from dldm_pipeline.pipeline_utils import default_batch_size
 
 SAMPLING_SETTINGS = ("num_inference_steps", "num_style_inference_steps", "guidance_scale")
 """Arguments of the pipeline's call that `settings` of the manifest hold."""
@@ -38,11 +39,6 @@ def subject_seed(seed: int, *numbers: int) -> int:
     """
     text = ":".join(str(number) for number in (seed, *numbers))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def batch_size(device: str | torch.device) -> int:
-    """Subjects that a pipeline generates at a time on a device."""
-    return 32 if torch.device(device).type == "cpu" else 256
 
 
 def choose_block_size(num_subjects: int, appearances: int, batch: int, num_processes: int) -> int:
@@ -90,7 +86,7 @@ def generate_blocks(
     if appearances > 1:
         seeds = [subject_seed(manifest["seed"], j) for j in range(appearances)]
         styles = _draw(pipeline, manifest, seeds, "latent").styles
-    size = max(1, batch_size(pipeline.device) // appearances)
+    size = max(1, default_batch_size(pipeline.device) // appearances)
     for start in starts:
         stop = min(start + manifest["block_size"], manifest["num_subjects"])
         anatomies = range(start // appearances, stop // appearances)

@@ -118,7 +118,7 @@ def stop_after(blocks: int, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def batches_of_8(script, monkeypatch):
-    monkeypatch.setattr(script, "batch_size", lambda device: 8)
+    monkeypatch.setattr(script, "default_batch_size", lambda device: 8)
 
 
 @pytest.mark.usefixtures("batches_of_8")

@@ -88,7 +88,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = tqdm(rows, total=total, desc="simulating", unit="slice")
     else:
         if is_export(args.scans):
-            manifest = json.loads((Path(args.scans) / "manifest.json").read_text(encoding="utf-8"))
+            file = Path(args.scans) / "manifest.json"
+            if not file.is_file():
+                raise ValueError(f"{args.scans} is an unfinished export; type the command that began it again first.")
+            manifest = json.loads(file.read_text(encoding="utf-8"))
             if manifest.get("settings", {}).get("appearances", 1) > 1:
                 raise ValueError(
                     f"{args.scans} has each anatomy in several appearances: one would be in training and validation. "

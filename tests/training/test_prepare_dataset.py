@@ -108,6 +108,8 @@ def test_bad_arguments(tmp_path: Path, refused) -> None:
     (tmp_path / "full" / "mine.txt").write_text("")
     make_subject(tmp_path / "several" / "synthetic-0000")
     (tmp_path / "several" / "manifest.json").write_text('{"synthetic": true, "settings": {"appearances": 2}}')
+    (tmp_path / "begun" / ".unfinished").mkdir(parents=True)
+    (tmp_path / "begun" / ".unfinished" / "manifest.json").write_text('{"synthetic": true}')
     there = sorted(path for path in tmp_path.rglob("*"))
 
     def check(message: str, *words: object, out: object = "out") -> None:
@@ -126,6 +128,7 @@ def test_bad_arguments(tmp_path: Path, refused) -> None:
     check("--image_size is 100; the autoencoder needs a multiple of 8", scans, "--image_size", 100)
     check("--num_workers is 0", scans, "--num_workers", 0)
     check("has each anatomy in several appearances", tmp_path / "several")
+    check("is an unfinished export", tmp_path / "begun")
     check("unknown modality 'PET'", scans, "--modalities", "T1", "PET")
     check("names T1 twice", scans, "--modalities", "T1", "T1")
     check(f"{scans}: no subject has WB; found are T1, T2", scans, "--modalities", "T1", "WB")

@@ -24,8 +24,7 @@ def make_scheduler() -> DDIMScheduler:
 def make_sampler() -> UniPCMultistepScheduler:
     """Sampler of a trained pipeline: UniPC (Zhao et al. 2023) on the noise schedule of training.
 
-    In ten steps its structures are as varied as those of fifty DDIM steps, and in five its styles are as varied as encoded
-    ones (`benchmarks/samplers.py`).
+    In five steps its styles are as varied as encoded ones (`benchmarks/samplers.py --styles_only`).
     """
     return UniPCMultistepScheduler.from_config(make_scheduler().config)
 

@@ -108,17 +108,6 @@ def prepare(args: argparse.Namespace, state: PartialState) -> DLDMPipeline:
     return pipeline
 
 
-@exit_on_user_error()
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    started = time.perf_counter()
-    set_threads()
-    # The first process to end waits for the slowest.
-    state = PartialState(cpu=args.device == "cpu", timeout=datetime.timedelta(days=7))
-    with one_run(args.output) if state.is_main_process else nullcontext():
-        run(args, state, started)
-
-
 @contextmanager
 def one_run(output: Path) -> Iterator[None]:
     """Refuse a second run on the same folder while this one writes there."""
@@ -159,6 +148,17 @@ def run(args: argparse.Namespace, state: PartialState, started: float) -> None:
         seconds = time.perf_counter() - started
         print(f"{count} subjects x {len(manifest['modalities'])} modalities and masks in {seconds:.0f} s")
         print(f"look at {args.output / ('appearances.png' if args.appearances > 1 else 'sheet.png')}")
+
+
+@exit_on_user_error()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    started = time.perf_counter()
+    set_threads()
+    # The first process to end waits for the slowest.
+    state = PartialState(cpu=args.device == "cpu", timeout=datetime.timedelta(days=7))
+    with one_run(args.output) if state.is_main_process else nullcontext():
+        run(args, state, started)
 
 
 if __name__ == "__main__":

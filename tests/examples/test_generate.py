@@ -116,6 +116,13 @@ def stop_after(blocks: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(generation, "write_block", write_or_fail)
 
 
+def begin(words: list[str], refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave an export with its first block written."""
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        refused(*words)
+
+
 @pytest.fixture
 def batches_of_8(script, monkeypatch):
     monkeypatch.setattr(script, "default_batch_size", lambda device: 8)
@@ -141,9 +148,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(script, refused, words, tmp
 @pytest.mark.usefixtures("batches_of_8")
 def test_another_command_does_not_go_on_with_an_unfinished_run(script, refused, words, tmp_path, monkeypatch):
     words = [*words, "--num_subjects", "10"]
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        refused(*words)
+    begin(words, refused, monkeypatch)
     before = files_of(tmp_path / "out")
     for more, message in (
         (["--seed", "4"], "seed 0, not 4"),
@@ -174,9 +179,7 @@ def test_another_command_does_not_go_on_with_an_unfinished_run(script, refused, 
 @pytest.mark.usefixtures("batches_of_8")
 def test_a_run_is_alone_and_a_lost_subject_is_noticed(script, refused, words, tmp_path, monkeypatch):
     words = [*words, "--num_subjects", "10"]
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        refused(*words)
+    begin(words, refused, monkeypatch)
     with script.one_run(tmp_path / "out"):
         assert "another run is writing there" in refused(*words)
     # What was written is not given up for lost.
@@ -251,9 +254,7 @@ def test_two_processes_share_the_subjects(script, words, tmp_path):
 def test_two_processes_go_on_with_what_one_began(script, refused, words, tmp_path, monkeypatch):
     words = [*words, "--num_subjects", "20"]
     script.main([*words, "--output", str(tmp_path / "one")])
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        refused(*words)
+    begin(words, refused, monkeypatch)
     done = launched(*words)
     assert done.returncode == 0 and "8/8" in done.stderr  # a block each is left
     assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
